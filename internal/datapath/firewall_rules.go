@@ -1,0 +1,429 @@
+package datapath
+
+import (
+	"bytes"
+	"fmt"
+	"hash/fnv"
+	"slices"
+
+	"github.com/google/nftables"
+	"github.com/google/nftables/binaryutil"
+	"github.com/google/nftables/expr"
+	"github.com/google/nftables/userdata"
+	"golang.org/x/sys/unix"
+)
+
+// tableName is our table in the inet family. Everything in it is ours.
+const tableName = "weft"
+
+// acceptMark is the bit in a packet's mark by which our forward chain tells
+// the rule in others' chains (see hook) that the packet is ours and allowed.
+const acceptMark = 0x10000000
+
+// Keys of the meta expression that golang.org/x/sys/unix lacks, from enum
+// nft_meta_keys in linux/netfilter/nf_tables.h; Linux 5.6.
+const (
+	metaIIFKind expr.MetaKey = 26
+	metaOIFKind expr.MetaKey = 27
+)
+
+// Bits of a connection's status, from linux/netfilter/nf_conntrack_common.h.
+const ctStatusDNAT = 1 << 5
+
+// firstRegister is NFT_REG32_00, the first of sixteen registers of 4 bytes.
+const firstRegister = 8
+
+// ruleset is the constant part of the table: everything but the elements.
+type ruleset struct {
+	table  *nftables.Table
+	chains []*nftables.Chain
+	rules  []rule
+	sets   []setDef
+	bySet  map[lookup]setDef
+	// version changes with any change to the above.
+	version string
+}
+
+// rule is one rule and the chain that it is in.
+type rule struct {
+	chain string
+	exprs []expr.Any
+}
+
+// newRuleset builds the rules. They are data: the same in every process of
+// this build.
+func newRuleset() (*ruleset, error) {
+	t := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+	rs := &ruleset{table: t, chains: chains(t), sets: setDefs(), bySet: map[lookup]setDef{}}
+	for _, d := range rs.sets {
+		rs.bySet[d.lookup()] = d
+	}
+	rs.rules = slices.Concat(prerouting(), forward(), toBridge(), fromBridge(), guard(), postrouting())
+
+	if err := rs.fingerprint(); err != nil {
+		return nil, err
+	}
+	return rs, nil
+}
+
+// fingerprint derives the version from everything that is constant.
+func (rs *ruleset) fingerprint() error {
+	var b bytes.Buffer
+	for _, c := range rs.chains {
+		b.WriteString(c.Name)
+		if c.Hooknum != nil {
+			fmt.Fprint(&b, c.Type, *c.Hooknum, *c.Priority, *c.Policy)
+		}
+	}
+	for _, d := range rs.sets {
+		fmt.Fprintf(&b, "%s %v %v", d.name(), d.key, d.data)
+	}
+	for _, r := range rs.rules {
+		b.WriteString(r.chain)
+		for _, e := range r.exprs {
+			raw, err := expr.Marshal(byte(rs.table.Family), e)
+			if err != nil {
+				return fmt.Errorf("rule in %s: %w", r.chain, err)
+			}
+			b.Write(raw)
+		}
+	}
+	h := fnv.New32a()
+	_, _ = h.Write(b.Bytes()) // a hash never fails
+	rs.version = fmt.Sprintf("%08x", h.Sum32())
+	return nil
+}
+
+// tag is what marks rule number n as ours, and as of this version; nft shows
+// it as the rule's comment.
+func (rs *ruleset) tag(n int) []byte {
+	return userdata.AppendString(nil, userdata.TypeComment, fmt.Sprintf("weft %s %d", rs.version, n))
+}
+
+// chains returns every chain of the table. Our forward chain comes just
+// before the one of iptables (priority filter), which reads our mark.
+func chains(t *nftables.Table) []*nftables.Chain {
+	accept := nftables.ChainPolicyAccept
+	base := func(name string, typ nftables.ChainType, hook *nftables.ChainHook, prio nftables.ChainPriority) *nftables.Chain {
+		return &nftables.Chain{Name: name, Table: t, Type: typ, Hooknum: hook, Priority: &prio, Policy: &accept}
+	}
+	cs := []*nftables.Chain{
+		base("raw_prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw),
+		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest),
+		base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, *nftables.ChainPriorityNATDest),
+		base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter-1),
+		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource),
+	}
+	for _, name := range []string{"publish", "to_bridge", "from_bridge", "guard", "ok"} {
+		cs = append(cs, &nftables.Chain{Name: name, Table: t})
+	}
+	return cs
+}
+
+var families = []bool{false, true} // is it IPv6?
+
+// prerouting: what comes in, and what the host itself sends.
+func prerouting() []rule {
+	var rs []rule
+	// Our bridges have route_localnet on, so that 127.0.0.1:port leads into a
+	// container. Containers must not use that to reach the host's loopback.
+	rs = append(rs,
+		in("raw_prerouting", isIn("bridges", iif), loopback(16), drop()),
+		in("raw_prerouting", isIn("bridges", iif), loopback(12), drop()),
+		// A bridge that does not pass to itself has isolated ports (ICC off).
+		// With br_netfilter a translated packet for the same bridge would go
+		// from one isolated port straight to another and be dropped there; the
+		// proxy behind the held port takes it instead.
+		in("prerouting", isIn("bridges", iif), isNotIn("internal", iif), isNotIn("pass", iif, iif), verdict(expr.VerdictReturn)),
+		in("prerouting", toHost(), goTo("publish")),
+		// From [::1] nothing can be translated (the kernel does not take the
+		// answers back); the proxy behind the held port serves it.
+		in("output", isV6Loopback(), verdict(expr.VerdictReturn)),
+		in("output", toHost(), goTo("publish")),
+	)
+	for _, v6 := range families {
+		rs = append(rs,
+			in("publish", family(v6), dnat("published", v6, daddr(v6), l4proto, dport)),
+			in("publish", family(v6), dnat("published_any", v6, l4proto, dport)),
+		)
+	}
+	return rs
+}
+
+// forward sorts the packets that pass through the host. Frames inside one
+// bridge come here too where br_netfilter is on; both links are the bridge.
+func forward() []rule {
+	rs := []rule{
+		in("forward", isIn("pass", iif, oif), goTo("ok")),
+		in("forward", isIn("internal", iif), drop()),
+		in("forward", isIn("internal", oif), drop()),
+		in("forward", isIn("bridges", oif), goTo("to_bridge")),
+	}
+	for _, v6 := range families {
+		att := suffix("attached", v6)
+		rs = append(rs,
+			in("forward", family(v6), isIn(att, oif, daddr(v6)), goTo("ok")),
+			// In and out by the bridge that the source is on: not routed.
+			in("forward", family(v6), isIn(att, oif, saddr(v6)), isIn(att, iif, saddr(v6)), goTo("ok")),
+		)
+	}
+	rs = append(rs, in("forward", isIn("bridges", iif), goTo("from_bridge")))
+	for _, v6 := range families {
+		rs = append(rs, in("forward", family(v6), isIn(suffix("attached", v6), iif, saddr(v6)), goTo("from_bridge")))
+	}
+	return append(rs, in("forward", isIn("guard", nfproto), goTo("guard")))
+}
+
+// toBridge decides what reaches the containers of our bridges.
+func toBridge() []rule {
+	rs := []rule{
+		in("to_bridge", ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), goTo("ok")),
+		in("to_bridge", ctBits(expr.CtKeySTATUS, ctStatusDNAT), goTo("ok")),
+		// Another network of ours, or the same one without ICC.
+		in("to_bridge", isIn("bridges", iif), drop()),
+		// A network of somebody else, the engine for one.
+		in("to_bridge", isBridge(metaIIFKind), isNotIn("uplinks", iif), drop()),
+	}
+	for _, v6 := range families {
+		icmp, echo := byte(unix.IPPROTO_ICMP), byte(8)
+		if v6 {
+			icmp, echo = unix.IPPROTO_ICMPV6, 128
+		}
+		rs = append(rs,
+			in("to_bridge", family(v6), isIn(suffix("exposed", v6), daddr(v6), l4proto, dport), goTo("ok")),
+			in("to_bridge", family(v6), isIn(suffix("trusted", v6), iif, daddr(v6), l4proto, dport), goTo("ok")),
+			in("to_bridge", family(v6), isByte(l4proto, icmp), isByte(icmpType, echo), isIn(suffix("routed", v6), oif), goTo("ok")),
+			in("to_bridge", family(v6), isIn(suffix("open", v6), oif), goTo("ok")),
+		)
+	}
+	return append(rs, in("to_bridge", drop()))
+}
+
+// fromBridge decides what leaves from containers.
+func fromBridge() []rule {
+	rs := []rule{
+		in("from_bridge", ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), goTo("ok")),
+	}
+	// What conntrack cannot place is not translated either: it would leave
+	// with the container's address. Routed networks may have asymmetric paths
+	// where this is normal, so only what would be masqueraded is stopped.
+	for _, v6 := range families {
+		rs = append(rs, in("from_bridge", ctBits(expr.CtKeySTATE, expr.CtStateBitINVALID),
+			family(v6), isIn(suffix("masquerade", v6), saddr(v6)), drop()))
+	}
+	return append(rs,
+		// Towards somebody else's network its owner decides: no mark.
+		in("from_bridge", isBridge(metaOIFKind), isNotIn("uplinks", oif), verdict(expr.VerdictReturn)),
+		in("from_bridge", goTo("ok")),
+		in("ok", setMark(), verdict(expr.VerdictAccept)),
+	)
+}
+
+// guard: packets between two links that are nobody's containers, on a host
+// where forwarding was off until we needed it. Only positive tests of the
+// kind of a link: a physical one has no kind, and any comparison with that,
+// "is not" included, fails (nft_meta_get_eval_kind).
+func guard() []rule {
+	return []rule{
+		in("guard", isBridge(metaIIFKind), isNotIn("uplinks", iif), verdict(expr.VerdictAccept)),
+		in("guard", isBridge(metaOIFKind), isNotIn("uplinks", oif), verdict(expr.VerdictAccept)),
+		// Frames within the host's own bridge.
+		in("guard", isBridge(metaIIFKind), isBridge(metaOIFKind), verdict(expr.VerdictAccept)),
+		in("guard", drop()),
+	}
+}
+
+// postrouting: the source address of what goes out.
+func postrouting() []rule {
+	rs := []rule{
+		// A published port used from the host by 127.0.0.1; the container
+		// could not answer that address.
+		in("postrouting", ctBits(expr.CtKeySTATUS, ctStatusDNAT), loopback(12), isIn("bridges", oif), masquerade()),
+	}
+	for _, v6 := range families {
+		// A published port used from the same subnet: the answer must come
+		// back through the host.
+		rs = append(rs, in("postrouting", ctBits(expr.CtKeySTATUS, ctStatusDNAT),
+			family(v6), isIn(suffix("hairpin", v6), saddr(v6), oif), masquerade()),
+			// On a bridge that is not ours the container's way back may lead
+			// past the host, whoever asked.
+			in("postrouting", ctBits(expr.CtKeySTATUS, ctStatusDNAT),
+				family(v6), isIn(suffix("attached", v6), oif, daddr(v6)), masquerade()))
+	}
+	rs = append(rs, in("postrouting", isIn("bridges", oif), verdict(expr.VerdictReturn)))
+	for _, v6 := range families {
+		rs = append(rs,
+			// Frames that stay on a bridge that is not ours come here with
+			// br_netfilter: those of our endpoints, and those of others.
+			in("postrouting", family(v6), isIn(suffix("attached", v6), oif, saddr(v6)), verdict(expr.VerdictReturn)),
+			in("postrouting", family(v6), isIn(suffix("home", v6), saddr(v6), oif), verdict(expr.VerdictReturn)),
+			in("postrouting", family(v6), snat("snat", v6, saddr(v6))),
+			in("postrouting", family(v6), isIn(suffix("masquerade", v6), saddr(v6)), masquerade()),
+		)
+	}
+	return rs
+}
+
+// The rest are the words of the rules above.
+
+func in(chain string, parts ...[]expr.Any) rule {
+	return rule{chain: chain, exprs: slices.Concat(parts...)}
+}
+
+func suffix(name string, v6 bool) string {
+	if v6 {
+		return name + "6"
+	}
+	return name + "4"
+}
+
+// source puts a property of the packet into a register; regs is how many
+// registers it fills.
+type source struct {
+	load func(reg uint32) expr.Any
+	regs uint32
+}
+
+func meta(key expr.MetaKey, regs uint32) source {
+	return source{func(reg uint32) expr.Any { return &expr.Meta{Key: key, Register: reg} }, regs}
+}
+
+func payload(base expr.PayloadBase, offset, length uint32) source {
+	return source{func(reg uint32) expr.Any {
+		return &expr.Payload{DestRegister: reg, Base: base, Offset: offset, Len: length}
+	}, (length + 3) / 4}
+}
+
+var (
+	iif      = meta(expr.MetaKeyIIFNAME, 4)
+	oif      = meta(expr.MetaKeyOIFNAME, 4)
+	l4proto  = meta(expr.MetaKeyL4PROTO, 1)
+	nfproto  = meta(expr.MetaKeyNFPROTO, 1)
+	dport    = payload(expr.PayloadBaseTransportHeader, 2, 2)
+	icmpType = payload(expr.PayloadBaseTransportHeader, 0, 1)
+)
+
+func saddr(v6 bool) source {
+	if v6 {
+		return payload(expr.PayloadBaseNetworkHeader, 8, 16)
+	}
+	return payload(expr.PayloadBaseNetworkHeader, 12, 4)
+}
+
+func daddr(v6 bool) source {
+	if v6 {
+		return payload(expr.PayloadBaseNetworkHeader, 24, 16)
+	}
+	return payload(expr.PayloadBaseNetworkHeader, 16, 4)
+}
+
+// concat loads the parts into registers one after the other.
+func concat(parts ...source) []expr.Any {
+	var es []expr.Any
+	reg := uint32(firstRegister)
+	for _, p := range parts {
+		es = append(es, p.load(reg))
+		reg += p.regs
+	}
+	return es
+}
+
+func isIn(set string, key ...source) []expr.Any {
+	return append(concat(key...), &expr.Lookup{SourceRegister: firstRegister, SetName: set})
+}
+
+func isNotIn(set string, key ...source) []expr.Any {
+	return append(concat(key...), &expr.Lookup{SourceRegister: firstRegister, SetName: set, Invert: true})
+}
+
+func is(s source, value []byte) []expr.Any {
+	return append(concat(s), &expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: value})
+}
+
+func isByte(s source, value byte) []expr.Any { return is(s, []byte{value}) }
+
+func family(v6 bool) []expr.Any {
+	if v6 {
+		return isByte(nfproto, unix.NFPROTO_IPV6)
+	}
+	return isByte(nfproto, unix.NFPROTO_IPV4)
+}
+
+// loopback matches 127.0.0.0/8 at the offset of an address in the header.
+func loopback(offset uint32) []expr.Any {
+	return slices.Concat(family(false), isByte(payload(expr.PayloadBaseNetworkHeader, offset, 1), 127))
+}
+
+func isV6Loopback() []expr.Any {
+	return slices.Concat(family(true), is(daddr(true), append(make([]byte, 15), 1)))
+}
+
+// isBridge matches if the link in question is a bridge, of anybody.
+func isBridge(key expr.MetaKey) []expr.Any {
+	kind := make([]byte, unix.IFNAMSIZ)
+	copy(kind, "bridge")
+	return is(meta(key, 4), kind)
+}
+
+// toHost matches if the destination is an address of the host.
+func toHost() []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: firstRegister, ResultADDRTYPE: true, FlagDADDR: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+	}
+}
+
+// ctBits matches if the connection has one of the bits.
+func ctBits(key expr.CtKey, bits uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Ct{Key: key, Register: firstRegister},
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bits), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: firstRegister, Data: make([]byte, 4)},
+	}
+}
+
+func setMark() []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(^uint32(acceptMark)), Xor: binaryutil.NativeEndian.PutUint32(acceptMark)},
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister, SourceRegister: true},
+	}
+}
+
+func verdict(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }
+
+func drop() []expr.Any { return verdict(expr.VerdictDrop) }
+
+func goTo(chain string) []expr.Any {
+	return []expr.Any{&expr.Verdict{Kind: expr.VerdictGoto, Chain: chain}}
+}
+
+func masquerade() []expr.Any { return []expr.Any{&expr.Masq{}} }
+
+// dnat translates the destination to the address and port in the map.
+func dnat(name string, v6 bool, key ...source) []expr.Any {
+	n := nat(name, v6, key...)
+	n[len(n)-1].(*expr.NAT).Type = expr.NATTypeDestNAT
+	n[len(n)-1].(*expr.NAT).RegProtoMin = firstRegister + daddr(v6).regs
+	return n
+}
+
+// snat translates the source to the address in the map.
+func snat(name string, v6 bool, key ...source) []expr.Any {
+	n := nat(name, v6, key...)
+	n[len(n)-1].(*expr.NAT).Type = expr.NATTypeSourceNAT
+	return n
+}
+
+func nat(name string, v6 bool, key ...source) []expr.Any {
+	fam := uint32(unix.NFPROTO_IPV4)
+	if v6 {
+		fam = unix.NFPROTO_IPV6
+	}
+	return append(concat(key...),
+		&expr.Lookup{SourceRegister: firstRegister, DestRegister: firstRegister, IsDestRegSet: true, SetName: suffix(name, v6)},
+		&expr.NAT{Family: fam, RegAddrMin: firstRegister},
+	)
+}

@@ -1,0 +1,129 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/sirupsen/logrus"
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// flows forgets connections that the kernel tracks for published UDP ports. A
+// UDP client that never stops sending keeps its entry alive for ever, and with
+// it the container that had the port first, or the host itself. TCP needs no
+// help: its connections end.
+type flows struct {
+	lib *netlink.Handle // nil where the kernel has no connection tracking to talk to
+}
+
+func newFlows(log logrus.FieldLogger) *flows {
+	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
+	if err == nil {
+		if err = h.SetSocketTimeout(answerTimeout); err == nil {
+			return &flows{lib: h}
+		}
+		h.Close()
+	}
+	log.WithError(err).Warn("no connection tracking: UDP clients of a port published again may reach its former container")
+	return &flows{}
+}
+
+func (f *flows) close() {
+	if f.lib != nil {
+		f.lib.Close()
+	}
+}
+
+// published forgets flows to ports that were just translated, which go to
+// where the port led before.
+func (f *flows) published(ctx context.Context, list []Element, l *links) error {
+	udp := udpPorts(list)
+	if len(udp) == 0 {
+		return nil
+	}
+	addrs, err := l.addressesOf(ctx)
+	if err != nil {
+		return err
+	}
+	// Only what was sent to this host: the port number alone would catch
+	// the host's and the containers' own conversations with others.
+	local := make(map[netip.Addr]bool)
+	for _, ps := range addrs {
+		for _, p := range ps {
+			local[p.Addr()] = true
+		}
+	}
+	return f.forget(ctx, func(w flow) bool {
+		if !local[w.to.Addr()] && !w.to.Addr().IsLoopback() {
+			return false
+		}
+		return slices.ContainsFunc(udp[w.to.Port()], func(e Element) bool {
+			return e.Net.Contains(w.to.Addr()) && w.from != netip.AddrPortFrom(e.To, e.ToPort)
+		})
+	})
+}
+
+// withdrawn forgets flows to ports that were just given up.
+func (f *flows) withdrawn(ctx context.Context, list []Element) error {
+	udp := udpPorts(list)
+	if len(udp) == 0 {
+		return nil
+	}
+	return f.forget(ctx, func(w flow) bool {
+		return slices.ContainsFunc(udp[w.to.Port()], func(e Element) bool {
+			return w.from == netip.AddrPortFrom(e.To, e.ToPort)
+		})
+	})
+}
+
+// udpPorts are the translated UDP ports among list, by number: one may lead to
+// different containers on different addresses.
+func udpPorts(list []Element) map[uint16][]Element {
+	out := make(map[uint16][]Element)
+	for _, e := range list {
+		if e.Set == SetPublished && e.Proto == UDP {
+			out[e.Port] = append(out[e.Port], e)
+		}
+	}
+	return out
+}
+
+// flow is a tracked connection: where its first packet was sent, and who
+// answers.
+type flow struct{ to, from netip.AddrPort }
+
+// forget deletes the UDP flows that stale accepts.
+func (f *flows) forget(ctx context.Context, stale func(flow) bool) error {
+	if f.lib == nil {
+		return nil
+	}
+	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
+		_, err := dump(ctx, func() (uint, error) {
+			return f.lib.ConntrackDeleteFilters(netlink.ConntrackTable, family, flowFilter(stale))
+		})
+		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
+			return fmt.Errorf("forget UDP flows: %w", err)
+		}
+	}
+	return nil
+}
+
+// flowFilter is the library's interface for choosing flows.
+type flowFilter func(flow) bool
+
+// MatchConntrackFlow implements netlink.CustomConntrackFilter.
+func (f flowFilter) MatchConntrackFlow(c *netlink.ConntrackFlow) bool {
+	if c.Forward.Protocol != unix.IPPROTO_UDP {
+		return false
+	}
+	to, ok1 := netip.AddrFromSlice(c.Forward.DstIP)
+	from, ok2 := netip.AddrFromSlice(c.Reverse.SrcIP)
+	return ok1 && ok2 && f(flow{
+		netip.AddrPortFrom(to.Unmap(), c.Forward.DstPort),
+		netip.AddrPortFrom(from.Unmap(), c.Reverse.SrcPort),
+	})
+}

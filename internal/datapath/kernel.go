@@ -1,0 +1,401 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+)
+
+// undoTimeout bounds the cleaning up after an Ensure that failed, which runs
+// even if the caller has given up.
+const undoTimeout = 10 * time.Second
+
+// Config is what a Kernel needs.
+type Config struct {
+	Log logrus.FieldLogger
+}
+
+// Kernel is the door to the kernel. Its methods may be called concurrently;
+// see the package comment for what must not overlap.
+type Kernel struct {
+	log      logrus.FieldLogger
+	links    *links
+	sysctl   *sysctl
+	sockets  *sockets
+	flows    *flows
+	firewall *firewall
+	hook     *hook
+
+	resolvConf string // path; tests have their own
+
+	mu      sync.Mutex // held while forwarding is switched on or uplinks change
+	uplinks []string   // as the firewall knows them
+}
+
+// New opens what is needed to talk to the kernel, in the calling thread's
+// network namespace. It changes nothing.
+func New(c Config) (_ *Kernel, err error) {
+	if c.Log == nil {
+		return nil, errors.New("datapath needs a logger")
+	}
+	k := &Kernel{
+		log:        c.Log,
+		sysctl:     &sysctl{root: "/proc/sys"},
+		sockets:    newSockets(c.Log),
+		hook:       newHook(c.Log),
+		resolvConf: "/etc/resolv.conf",
+	}
+	if k.links, err = newLinks(); err != nil {
+		return nil, err
+	}
+	if k.firewall, err = newFirewall(c.Log); err != nil {
+		k.links.close()
+		return nil, err
+	}
+	k.flows = newFlows(c.Log)
+	return k, nil
+}
+
+// Close ends the proxies, lets go of the held ports and closes all sockets.
+// What is in the kernel stays: containers go on working without us.
+func (k *Kernel) Close() {
+	k.sockets.close()
+	k.flows.close()
+	k.firewall.close()
+	k.links.close()
+}
+
+// done is what one Ensure has done so far.
+type done struct {
+	made  State        // did not exist before
+	addrs []bridgeAddr // added to a bridge that did
+	lines []string
+	// guard4 and guard6 are set while the guard of a family is there and
+	// its forwarding is not yet on.
+	guard4, guard6 bool
+}
+
+type bridgeAddr struct {
+	bridge string
+	addr   netip.Prefix
+}
+
+func (d *done) say(format string, args ...any) {
+	d.lines = append(d.lines, fmt.Sprintf(format, args...))
+}
+
+// Ensure makes everything in s exist as described and returns a line for each
+// thing that it had to change. On error it removes exactly what this call made
+// and returns the error; what it mended of older objects stays mended.
+//
+// The order leaves no moment in which something is reachable that should not
+// be: rules that keep networks apart come before their bridges, bridges before
+// the containers' links, a host port is held before it is translated; and
+// forwarding (behind its guard) and the hook come last, because they are the
+// switches that let packets through. They serve everybody, and are not undone.
+func (k *Kernel) Ensure(ctx context.Context, s State) ([]string, error) {
+	var d done
+	err := k.ensure(ctx, s, &d)
+	if err == nil {
+		return d.lines, nil
+	}
+	undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), undoTimeout)
+	defer cancel()
+	if e := k.undo(undo, d); e != nil {
+		err = fmt.Errorf("%w (and cleaning up after it: %w)", err, e)
+	}
+	return nil, err
+}
+
+func (k *Kernel) ensure(ctx context.Context, s State, d *done) error {
+	ports, rules := split(s.Elements)
+	if err := k.ensureElements(ctx, rules, d); err != nil {
+		return err
+	}
+	if err := k.ensureBridges(ctx, s.Bridges, d); err != nil {
+		return err
+	}
+	for _, v := range s.Veths {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("create veth %s: %w", v.Name, err)
+		}
+		if err := k.links.veth(v, d); err != nil {
+			return err
+		}
+	}
+	for _, x := range s.Sockets {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("%s: %w", x, err)
+		}
+		made, err := k.sockets.ensure(ctx, x)
+		if err != nil {
+			return err
+		}
+		if made {
+			d.made.Sockets = append(d.made.Sockets, x)
+			d.say("%s", x)
+		}
+	}
+	if err := k.ensureElements(ctx, ports, d); err != nil {
+		return err
+	}
+	if err := k.ensureForwarding(ctx, s.Forward4, s.Forward6, d); err != nil {
+		return err
+	}
+	if !s.Hook {
+		return nil
+	}
+	lines, err := k.hook.ensure(ctx)
+	d.lines = append(d.lines, lines...)
+	return err
+}
+
+// undo removes what d made. It is the only place that undoes anything.
+func (k *Kernel) undo(ctx context.Context, d done) error {
+	err := k.Remove(ctx, d.made)
+	for _, a := range slices.Backward(d.addrs) {
+		err = errors.Join(err, k.links.dropAddress(a))
+	}
+	if d.guard4 || d.guard6 {
+		k.mu.Lock()
+		defer k.mu.Unlock()
+		on4, on6 := k.firewall.guarded()
+		err = errors.Join(err, k.firewall.setGuard(ctx, on4 && !d.guard4, on6 && !d.guard6))
+	}
+	return err
+}
+
+// split parts the elements that open a host port from those that describe and
+// protect networks.
+func split(all []Element) (ports, rules []Element) {
+	for _, e := range all {
+		if e.Set == SetPublished || e.Set == SetExposed || e.Set == SetTrusted {
+			ports = append(ports, e)
+		} else {
+			rules = append(rules, e)
+		}
+	}
+	return ports, rules
+}
+
+func (k *Kernel) ensureElements(ctx context.Context, list []Element, d *done) error {
+	if len(list) == 0 {
+		return nil
+	}
+	lines, err := k.firewall.add(ctx, list)
+	if err != nil {
+		return err
+	}
+	d.lines = append(d.lines, lines...)
+	if len(lines) == 0 {
+		return nil
+	}
+	added := make(map[string]bool, len(lines))
+	for _, l := range lines {
+		added[l] = true
+	}
+	var made []Element
+	for _, e := range list {
+		if added[e.String()] {
+			made = append(made, e)
+		}
+	}
+	d.made.Elements = append(d.made.Elements, made...)
+	return k.flows.published(ctx, made, k.links)
+}
+
+func (k *Kernel) ensureBridges(ctx context.Context, list []Bridge, d *done) error {
+	for _, b := range list {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("create bridge %s: %w", b.Name, err)
+		}
+		if b.Existing {
+			if err := k.links.existing(b.Name); err != nil {
+				return err
+			}
+			continue
+		}
+		if err := k.links.bridge(b, d); err != nil {
+			return err
+		}
+		if err := k.sysctl.bridge(b, d); err != nil {
+			return err
+		}
+		if err := k.links.addresses(ctx, b, d); err != nil {
+			return err
+		}
+	}
+	if len(list) == 0 {
+		return nil
+	}
+	return k.refreshUplinks(ctx)
+}
+
+// refreshUplinks tells the firewall which bridges of others lead to the LAN.
+func (k *Kernel) refreshUplinks(ctx context.Context) error {
+	all, err := k.links.list(ctx)
+	if err != nil {
+		return fmt.Errorf("list links: %w", err)
+	}
+	return k.setUplinks(ctx, all)
+}
+
+func (k *Kernel) setUplinks(ctx context.Context, all []link) error {
+	names, err := k.links.uplinks(ctx, all)
+	if err != nil {
+		return err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.uplinks != nil && slices.Equal(k.uplinks, names) {
+		return nil
+	}
+	if err := k.firewall.setUplinks(ctx, names); err != nil {
+		return err
+	}
+	k.uplinks = append([]string{}, names...) // not nil: known to be none
+	return nil
+}
+
+// ensureForwarding switches forwarding on where it is off. A host that did not
+// forward must not become a router for its neighbours, so the guard is there
+// first; where forwarding was on already that was somebody's wish.
+func (k *Kernel) ensureForwarding(ctx context.Context, want4, want6 bool, d *done) error {
+	if !want4 && !want6 {
+		return nil
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	turn4, err := k.off(want4, forward4)
+	if err != nil {
+		return err
+	}
+	turn6, err := k.off(want6, forward6)
+	if err != nil {
+		return err
+	}
+	if !turn4 && !turn6 {
+		return nil
+	}
+	if err := ctx.Err(); err != nil {
+		return fmt.Errorf("switch forwarding on: %w", err)
+	}
+	was4, was6 := k.firewall.guarded()
+	if err := k.firewall.setGuard(ctx, was4 || turn4, was6 || turn6); err != nil {
+		return fmt.Errorf("guard forwarding: %w", err)
+	}
+	d.guard4, d.guard6 = turn4 && !was4, turn6 && !was6
+	if turn4 {
+		if _, err := k.sysctl.set(forward4, "1"); err != nil {
+			return fmt.Errorf("switch IPv4 forwarding on: %w", err)
+		}
+		d.guard4 = false
+		d.say("sysctl net.ipv4.ip_forward=1")
+	}
+	if turn6 {
+		if err := k.sysctl.keepRouters(d); err != nil {
+			return fmt.Errorf("switch IPv6 forwarding on: %w", err)
+		}
+		if _, err := k.sysctl.set(forward6, "1"); err != nil {
+			return fmt.Errorf("switch IPv6 forwarding on: %w", err)
+		}
+		d.guard6 = false
+		d.say("sysctl net.ipv6.conf.all.forwarding=1")
+	}
+	return nil
+}
+
+// off reports whether a switch is wanted and off.
+func (k *Kernel) off(want bool, name string) (bool, error) {
+	if !want {
+		return false, nil
+	}
+	on, err := k.sysctl.on(name)
+	return !on && err == nil, err
+}
+
+// Remove deletes everything in s, in the reverse order of Ensure. What is
+// absent is success; it goes on after an error and returns all of them. Links
+// without our group and Existing bridges are left alone, forwarding stays on.
+func (k *Kernel) Remove(ctx context.Context, s State) error {
+	ports, rules := split(s.Elements)
+	var errs []error
+	if len(ports) > 0 {
+		errs = append(errs, k.firewall.remove(ctx, ports), k.flows.withdrawn(ctx, ports))
+	}
+	for _, x := range s.Sockets {
+		errs = append(errs, k.sockets.release(x))
+	}
+	links := k.removeLinks(ctx, s)
+	errs = append(errs, links)
+	// While one of the links is still there so is what protects it; the next
+	// Remove finishes both.
+	if len(rules) > 0 && links == nil {
+		errs = append(errs, k.firewall.remove(ctx, rules))
+	}
+	if s.Hook {
+		errs = append(errs, k.hook.remove(ctx))
+	}
+	return errors.Join(errs...)
+}
+
+func (k *Kernel) removeLinks(ctx context.Context, s State) error {
+	var veths, bridges []doomed
+	for _, v := range s.Veths {
+		veths = append(veths, doomed{v.Name, "veth"})
+	}
+	for _, b := range s.Bridges {
+		if !b.Existing {
+			bridges = append(bridges, doomed{b.Name, "bridge"})
+		}
+	}
+	return errors.Join(k.links.remove(ctx, veths), k.links.remove(ctx, bridges))
+}
+
+// Owned reads back everything that carries our mark, and which of the switches
+// are on. It shows held ports once Ensure has adopted them, so that nobody
+// takes a reservation in flight for a leak.
+func (k *Kernel) Owned(ctx context.Context) (State, error) {
+	var s State
+	all, err := k.links.list(ctx)
+	if err != nil {
+		return State{}, fmt.Errorf("list links: %w", err)
+	}
+	if s.Bridges, s.Veths, err = k.links.owned(ctx, all); err != nil {
+		return State{}, err
+	}
+	if s.Elements, err = k.firewall.owned(ctx); err != nil {
+		return State{}, err
+	}
+	// Only now: setting them mends a damaged table, which the caller is to
+	// see and to say.
+	if err := k.setUplinks(ctx, all); err != nil {
+		return State{}, err
+	}
+	s.Sockets = k.sockets.owned()
+	if s.Forward4, err = k.sysctl.on(forward4); err != nil {
+		return State{}, err
+	}
+	if s.Forward6, err = k.sysctl.on(forward6); err != nil {
+		return State{}, err
+	}
+	if s.Hook, err = k.hook.present(ctx); err != nil {
+		return State{}, err
+	}
+	return s, nil
+}
+
+// Reserve takes a host port, the same on every address of the request, holds
+// it and returns it: the first free one of the range, or one of the kernel's
+// choice. Ensure with the Sockets adopts what is held; Remove lets go of it,
+// adopted or not. A request for exactly one port that is already held for
+// nobody is success. On error nothing that this call bound stays bound.
+func (k *Kernel) Reserve(ctx context.Context, r PortRequest) (uint16, error) {
+	return k.sockets.reserve(ctx, r)
+}

@@ -1,0 +1,190 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// udpIdle is how long a client may be silent and still get its answers
+	// from the same source port of ours.
+	udpIdle = 90 * time.Second
+	// maxDatagram is the largest UDP payload.
+	maxDatagram = 65535
+	// maxSessions bounds what senders with invented addresses can make one
+	// published port cost.
+	maxSessions = 1024
+)
+
+// udpProxy passes datagrams on, through one connected socket per client.
+type udpProxy struct {
+	*proxy
+	sock *net.UDPConn
+	raw  syscall.RawConn
+	to   netip.AddrPort
+
+	mu       sync.Mutex
+	sessions map[udpClient]*net.UDPConn
+	wg       sync.WaitGroup // of the sessions
+}
+
+// udpClient is who sent a datagram, and to which of our addresses: the answer
+// must come from there, which a socket on all addresses does not do by itself.
+type udpClient struct {
+	addr  netip.AddrPort
+	local netip.Addr
+}
+
+func newUDPProxy(p *proxy, sock *net.UDPConn, to netip.AddrPort) (*udpProxy, error) {
+	raw, err := sock.SyscallConn()
+	if err != nil {
+		return nil, fmt.Errorf("proxy UDP: %w", err)
+	}
+	var opt error
+	err = raw.Control(func(fd uintptr) {
+		if sock.LocalAddr().(*net.UDPAddr).AddrPort().Addr().Is4() {
+			opt = unix.SetsockoptInt(int(fd), unix.IPPROTO_IP, unix.IP_PKTINFO, 1)
+		} else {
+			opt = unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, unix.IPV6_RECVPKTINFO, 1)
+		}
+	})
+	if err := errors.Join(err, opt); err != nil {
+		return nil, fmt.Errorf("proxy UDP: ask for destination addresses: %w", err)
+	}
+	return &udpProxy{proxy: p, sock: sock, raw: raw, to: to, sessions: make(map[udpClient]*net.UDPConn)}, nil
+}
+
+// serve passes datagrams on until the socket is closed, and ends all sessions.
+func (u *udpProxy) serve(ctx context.Context) {
+	defer u.wg.Wait()
+	defer u.endSessions()
+	oob := make([]byte, 64)
+	for {
+		if err := waitReadable(u.raw); err != nil {
+			return // closed: there is no deadline on it
+		}
+		u.one(ctx, oob)
+	}
+}
+
+// one receives one datagram and passes it on.
+func (u *udpProxy) one(ctx context.Context, oob []byte) {
+	buf := u.buffers.Get().(*[maxDatagram]byte)
+	defer u.buffers.Put(buf)
+	n, oobn, _, from, err := u.sock.ReadMsgUDPAddrPort(buf[:], oob)
+	if err != nil {
+		return // an ICMP error about an answer, or closed; waitReadable knows
+	}
+	client := udpClient{from, localAddr(oob[:oobn])}
+	server, err := u.session(ctx, client)
+	if err != nil {
+		u.log.WithError(err).WithField("container", u.to.String()).Debug("published UDP port: datagram dropped")
+		return
+	}
+	_ = server.SetReadDeadline(time.Now().Add(u.idle))
+	_, _ = server.Write(buf[:n]) // UDP promises nothing
+}
+
+// session finds or opens the socket for a client.
+func (u *udpProxy) session(ctx context.Context, client udpClient) (*net.UDPConn, error) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if s := u.sessions[client]; s != nil {
+		return s, nil
+	}
+	if len(u.sessions) >= maxSessions {
+		return nil, fmt.Errorf("%d clients at once", len(u.sessions))
+	}
+	c, err := u.dial(ctx, "udp", u.to.String())
+	if err != nil {
+		return nil, err
+	}
+	server, ok := c.(*net.UDPConn)
+	if !ok {
+		_ = c.Close()
+		return nil, fmt.Errorf("dial %s: got a %T", u.to, c)
+	}
+	u.sessions[client] = server
+	u.wg.Go(func() { u.answers(client, server) })
+	return server, nil
+}
+
+// answers passes the container's datagrams back until the session is idle.
+func (u *udpProxy) answers(client udpClient, server *net.UDPConn) {
+	defer func() {
+		u.mu.Lock()
+		delete(u.sessions, client)
+		u.mu.Unlock()
+		_ = server.Close()
+	}()
+	raw, err := server.SyscallConn()
+	if err != nil {
+		return
+	}
+	oob := sourceAddr(client.local)
+	for {
+		_ = server.SetReadDeadline(time.Now().Add(u.idle))
+		if err := waitReadable(raw); err != nil {
+			return // idle or closed
+		}
+		buf := u.buffers.Get().(*[maxDatagram]byte)
+		if n, err := server.Read(buf[:]); err == nil {
+			_, _, _ = u.sock.WriteMsgUDPAddrPort(buf[:n], oob, client.addr)
+		} // else the container's port is closed (ICMP); it may open again
+		u.buffers.Put(buf)
+	}
+}
+
+func (u *udpProxy) endSessions() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	for _, s := range u.sessions {
+		_ = s.Close()
+	}
+}
+
+// waitReadable returns when a datagram or an error can be read, so that a
+// buffer is needed only then: a thousand idle ports have none.
+func waitReadable(c syscall.RawConn) error {
+	return c.Read(func(fd uintptr) bool {
+		_, _, err := unix.Recvfrom(int(fd), nil, unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR)
+	})
+}
+
+// localAddr reads from control messages which of our addresses was meant.
+func localAddr(oob []byte) netip.Addr {
+	msgs, err := unix.ParseSocketControlMessage(oob)
+	if err != nil {
+		return netip.Addr{}
+	}
+	for _, m := range msgs {
+		switch {
+		case m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_PKTINFO && len(m.Data) >= unix.SizeofInet4Pktinfo:
+			return netip.AddrFrom4([4]byte(m.Data[4:8])) // ipi_spec_dst
+		case m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_PKTINFO && len(m.Data) >= unix.SizeofInet6Pktinfo:
+			return netip.AddrFrom16([16]byte(m.Data[0:16]))
+		}
+	}
+	return netip.Addr{}
+}
+
+// sourceAddr is the control message that makes an answer come from a. The
+// interface is left open: the way back need not be the way here.
+func sourceAddr(a netip.Addr) []byte {
+	switch {
+	case a.Is4():
+		return unix.PktInfo4(&unix.Inet4Pktinfo{Spec_dst: a.As4()})
+	case a.Is6():
+		return unix.PktInfo6(&unix.Inet6Pktinfo{Addr: a.As16()})
+	}
+	return nil
+}

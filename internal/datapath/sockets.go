@@ -1,0 +1,421 @@
+package datapath
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+)
+
+// choices is how often the kernel is asked for a port that is free on every
+// address of a request before giving up.
+const choices = 32
+
+// errTaken marks a port that somebody holds, the only reason to try the next.
+var errTaken = errors.New("in use")
+
+// hostPort is one port of one address of the host.
+type hostPort struct {
+	proto Proto
+	addr  netip.AddrPort
+}
+
+func (p hostPort) String() string {
+	return fmt.Sprintf("port %d/%s on %s", p.addr.Port(), p.proto, p.addr.Addr())
+}
+
+// held is a port that we hold.
+type held struct {
+	sock io.Closer      // nil where the kernel has no such sockets
+	to   netip.AddrPort // zero while it is only reserved
+	stop func()         // ends the proxy and waits for it; nil without one
+}
+
+func (h *held) close() error {
+	var err error
+	if h.sock != nil {
+		err = h.sock.Close()
+	}
+	if h.stop != nil {
+		h.stop()
+	}
+	return err
+}
+
+// sockets holds published ports, so that no other program can take them, and
+// runs the proxies behind them.
+type sockets struct {
+	log   logrus.FieldLogger
+	proxy *proxy
+
+	mu     sync.Mutex
+	held   map[hostPort]*held
+	warned map[Proto]bool // said once that its ports cannot be held
+}
+
+func newSockets(log logrus.FieldLogger) *sockets {
+	return &sockets{
+		log:    log,
+		proxy:  newProxy(log),
+		held:   make(map[hostPort]*held),
+		warned: make(map[Proto]bool),
+	}
+}
+
+// close lets go of everything.
+func (s *sockets) close() {
+	s.mu.Lock()
+	all := s.held
+	s.held = make(map[hostPort]*held)
+	s.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, h := range all {
+		wg.Go(func() { _ = h.close() })
+	}
+	wg.Wait()
+}
+
+// owned lists the ports that Ensure has adopted.
+func (s *sockets) owned() []Socket {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var out []Socket
+	for p, h := range s.held {
+		if h.to.IsValid() {
+			out = append(out, Socket{Proto: p.proto, Host: p.addr, To: h.to})
+		}
+	}
+	slices.SortFunc(out, func(a, b Socket) int {
+		return cmp.Or(cmp.Compare(a.Proto, b.Proto), a.Host.Compare(b.Host))
+	})
+	return out
+}
+
+// ensure makes x held and served. made says that it was not before.
+func (s *sockets) ensure(ctx context.Context, x Socket) (made bool, err error) {
+	if !x.To.IsValid() {
+		return false, fmt.Errorf("%s: no destination", x)
+	}
+	p := hostPort{x.Proto, netip.AddrPortFrom(x.Host.Addr().Unmap(), x.Host.Port())}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	h := s.held[p]
+	if h != nil && h.to == x.To {
+		return false, nil
+	}
+	if h != nil && h.to.IsValid() {
+		return false, fmt.Errorf("%s is already published for %s", p, h.to)
+	}
+	if h == nil {
+		if h, err = s.bindLocked(ctx, p); err != nil {
+			return false, err
+		}
+	}
+	h.to = x.To
+	h.stop, err = s.proxy.start(ctx, h.sock, x.To)
+	if err != nil {
+		return false, errors.Join(fmt.Errorf("%s: %w", x, err), s.dropLocked(p))
+	}
+	return true, nil
+}
+
+// release lets go of x. A port held for somebody else is not x: x is absent.
+func (s *sockets) release(x Socket) error {
+	p := hostPort{x.Proto, netip.AddrPortFrom(x.Host.Addr().Unmap(), x.Host.Port())}
+	s.mu.Lock()
+	h := s.held[p]
+	if h == nil || h.to.IsValid() && h.to != x.To {
+		s.mu.Unlock()
+		return nil
+	}
+	delete(s.held, p)
+	s.mu.Unlock()
+	if err := h.close(); err != nil {
+		return fmt.Errorf("let go of %s: %w", p, err)
+	}
+	return nil
+}
+
+func (s *sockets) dropLocked(p hostPort) error {
+	h := s.held[p]
+	delete(s.held, p)
+	return h.close()
+}
+
+// reserve is Kernel.Reserve.
+func (s *sockets) reserve(ctx context.Context, r PortRequest) (uint16, error) {
+	r, err := normal(r)
+	if err != nil {
+		return 0, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if r.First == 0 {
+		return s.chooseLocked(ctx, r)
+	}
+	for port := uint32(r.First); port <= uint32(r.Last); port++ {
+		if err := ctx.Err(); err != nil {
+			return 0, fmt.Errorf("reserve %s port: %w", r.Proto, err)
+		}
+		err := s.takeLocked(ctx, r, uint16(port))
+		if err == nil {
+			return uint16(port), nil
+		}
+		if !errors.Is(err, errTaken) || r.First == r.Last {
+			return 0, err
+		}
+	}
+	return 0, fmt.Errorf("no port of %d-%d/%s is free on %s", r.First, r.Last, r.Proto, list(r.Hosts))
+}
+
+// normal checks a request and brings its addresses into one form.
+func normal(r PortRequest) (PortRequest, error) {
+	switch r.Proto {
+	case TCP, UDP, SCTP:
+	default:
+		return r, fmt.Errorf("ports of %s cannot be published", r.Proto)
+	}
+	if len(r.Hosts) == 0 {
+		return r, errors.New("reserve a port: no host address")
+	}
+	if r.Last == 0 {
+		r.Last = r.First
+	}
+	if r.First > r.Last || r.First == 0 && r.Last != 0 {
+		return r, fmt.Errorf("port range %d-%d is not one", r.First, r.Last)
+	}
+	hosts := make([]netip.Addr, 0, len(r.Hosts))
+	for _, a := range r.Hosts {
+		if !a.IsValid() {
+			return r, errors.New("reserve a port: invalid host address")
+		}
+		if a = a.Unmap(); !slices.Contains(hosts, a) {
+			hosts = append(hosts, a)
+		}
+	}
+	r.Hosts = hosts
+	return r, nil
+}
+
+// list names addresses for people.
+func list(addrs []netip.Addr) string {
+	var names []string
+	for _, a := range addrs {
+		names = append(names, a.String())
+	}
+	return strings.Join(names, ", ")
+}
+
+// chooseLocked lets the kernel choose a port for the first address and tries
+// it on the others.
+func (s *sockets) chooseLocked(ctx context.Context, r PortRequest) (uint16, error) {
+	for range choices {
+		if err := ctx.Err(); err != nil {
+			return 0, fmt.Errorf("reserve %s port: %w", r.Proto, err)
+		}
+		port, err := s.probe(ctx, hostPort{r.Proto, netip.AddrPortFrom(r.Hosts[0], 0)})
+		if err != nil {
+			return 0, err
+		}
+		err = s.takeLocked(ctx, r, port)
+		if err == nil {
+			return port, nil
+		}
+		if !errors.Is(err, errTaken) {
+			return 0, err
+		}
+	}
+	return 0, fmt.Errorf("no %s port found that is free on all of %s", r.Proto, list(r.Hosts))
+}
+
+// takeLocked holds one port on all addresses, or on none.
+func (s *sockets) takeLocked(ctx context.Context, r PortRequest, port uint16) error {
+	var bound []hostPort
+	for _, a := range r.Hosts {
+		p := hostPort{r.Proto, netip.AddrPortFrom(a, port)}
+		if h := s.held[p]; h != nil && !h.to.IsValid() && r.First == r.Last && r.First != 0 {
+			continue // asked for again
+		}
+		if _, err := s.bindLocked(ctx, p); err != nil {
+			for _, b := range bound {
+				err = errors.Join(err, s.dropLocked(b))
+			}
+			return err
+		}
+		bound = append(bound, p)
+	}
+	return nil
+}
+
+// bindLocked opens and remembers the socket of one port.
+func (s *sockets) bindLocked(ctx context.Context, p hostPort) (*held, error) {
+	sock, err := listen(ctx, p)
+	switch {
+	case err == nil:
+	case errors.Is(err, unix.EADDRINUSE):
+		if err := s.rivalLocked(p); err != nil {
+			return nil, err
+		}
+		return nil, &takenError{fmt.Sprintf("%s is in use by another program", p)}
+	case errors.Is(err, unix.EADDRNOTAVAIL):
+		return nil, fmt.Errorf("%s: this host has no such address", p)
+	case errors.Is(err, unix.EPROTONOSUPPORT), errors.Is(err, unix.EAFNOSUPPORT):
+		// Translation works without a socket; only the hold is missing.
+		if err := s.rivalLocked(p); err != nil {
+			return nil, err
+		}
+		s.warnLocked(p)
+	default:
+		return nil, fmt.Errorf("hold %s: %w", p, err)
+	}
+	h := &held{sock: sock}
+	s.held[p] = h
+	return h, nil
+}
+
+// warnLocked says once per protocol what cannot be held here.
+func (s *sockets) warnLocked(p hostPort) {
+	if s.warned[p.proto] {
+		return
+	}
+	s.warned[p.proto] = true
+	s.log.WithField("port", p.String()).
+		Warn("this kernel has no such sockets: published ports are not held against other programs")
+}
+
+// takenError says who has the port, and is errTaken.
+type takenError struct{ text string }
+
+func (e *takenError) Error() string        { return e.text }
+func (e *takenError) Is(target error) bool { return target == errTaken }
+
+// rivalLocked is an error if we hold the port ourselves, or hold it on an
+// address that overlaps. The kernel says only that it is taken, not that we are
+// who took it.
+func (s *sockets) rivalLocked(p hostPort) error {
+	if h := s.held[p]; h != nil {
+		return &takenError{takenBy(p, h)}
+	}
+	wild := netip.IPv6Unspecified()
+	if p.addr.Addr().Is4() {
+		wild = netip.IPv4Unspecified()
+	}
+	if w := (hostPort{p.proto, netip.AddrPortFrom(wild, p.addr.Port())}); s.held[w] != nil {
+		return &takenError{takenBy(p, s.held[w])}
+	}
+	if p.addr.Addr() != wild {
+		return nil
+	}
+	for q, h := range s.held {
+		if q.proto == p.proto && q.addr.Port() == p.addr.Port() && q.addr.Addr().Is4() == p.addr.Addr().Is4() {
+			return &takenError{takenBy(p, h)}
+		}
+	}
+	return nil
+}
+
+func takenBy(p hostPort, h *held) string {
+	if h.to.IsValid() {
+		return fmt.Sprintf("%s is already published for %s", p, h.to)
+	}
+	return fmt.Sprintf("%s is being published for another container", p)
+}
+
+// probe asks the kernel for a free port of the address.
+func (s *sockets) probe(ctx context.Context, p hostPort) (uint16, error) {
+	sock, err := listen(ctx, p)
+	if errors.Is(err, unix.EPROTONOSUPPORT) || errors.Is(err, unix.EAFNOSUPPORT) {
+		p.proto = UDP // any free number will do where nobody can hold one
+		p.addr = netip.AddrPortFrom(netip.IPv4Unspecified(), 0)
+		sock, err = listen(ctx, p)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("choose a %s port on %s: %w", p.proto, p.addr.Addr(), err)
+	}
+	defer func() { _ = sock.Close() }()
+	switch sock := sock.(type) {
+	case *net.TCPListener:
+		return sock.Addr().(*net.TCPAddr).AddrPort().Port(), nil
+	case *net.UDPConn:
+		return sock.LocalAddr().(*net.UDPAddr).AddrPort().Port(), nil
+	case *os.File:
+		return boundPort(sock)
+	}
+	return 0, fmt.Errorf("choose a %s port: unexpected socket %T", p.proto, sock)
+}
+
+// listen opens the socket. IPv6 sockets carry IPv6 only, so that both families
+// can hold the same number.
+func listen(ctx context.Context, p hostPort) (io.Closer, error) {
+	family := "6"
+	if p.addr.Addr().Is4() {
+		family = "4"
+	}
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // the proxy could not splice
+	switch p.proto {
+	case TCP:
+		l, err := lc.Listen(ctx, "tcp"+family, p.addr.String())
+		if err != nil {
+			return nil, err
+		}
+		return l, nil
+	case UDP:
+		c, err := lc.ListenPacket(ctx, "udp"+family, p.addr.String())
+		if err != nil {
+			return nil, err
+		}
+		return c.(*net.UDPConn), nil
+	default:
+		return bindSCTP(p.addr)
+	}
+}
+
+// bindSCTP binds without listening: that is enough to keep others away, and
+// there is no proxy that could serve an association.
+func bindSCTP(a netip.AddrPort) (io.Closer, error) {
+	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()})
+	if a.Addr().Is4() {
+		family, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
+	}
+	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
+	if err != nil {
+		return nil, os.NewSyscallError("socket", err)
+	}
+	f := os.NewFile(uintptr(fd), "sctp")
+	if family == unix.AF_INET6 {
+		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
+	}
+	if err == nil {
+		err = unix.Bind(fd, sa)
+	}
+	if err != nil {
+		return nil, errors.Join(os.NewSyscallError("bind", err), f.Close())
+	}
+	return f, nil
+}
+
+// boundPort reads the number that the kernel chose.
+func boundPort(f *os.File) (uint16, error) {
+	sa, err := unix.Getsockname(int(f.Fd()))
+	if err != nil {
+		return 0, fmt.Errorf("read chosen port: %w", err)
+	}
+	switch sa := sa.(type) {
+	case *unix.SockaddrInet4:
+		return uint16(sa.Port), nil
+	case *unix.SockaddrInet6:
+		return uint16(sa.Port), nil
+	}
+	return 0, fmt.Errorf("read chosen port: address %T", sa)
+}

@@ -1,0 +1,306 @@
+package datapath
+
+import (
+	"cmp"
+	"fmt"
+	"net"
+	"net/netip"
+	"slices"
+	"strings"
+)
+
+// State is a set of kernel objects that should exist. It is a plain value: it
+// is computed from records, compared, and given to [Kernel.Ensure] or
+// [Kernel.Remove]. The zero State asks for nothing.
+type State struct {
+	Bridges  []Bridge
+	Veths    []Veth
+	Elements []Element
+	Sockets  []Socket
+	// Forward4 and Forward6 ask for IP forwarding in the host's namespace.
+	// Remove never turns it off again: others may rely on it by then.
+	Forward4, Forward6 bool
+	// Hook asks for the accept rule in the FORWARD chain that others own,
+	// without which their policy DROP would win over our table.
+	Hook bool
+}
+
+// MAC is a 48-bit hardware address that can be compared. The zero MAC means
+// "the kernel's choice".
+type MAC [6]byte
+
+// String prints the usual colon form, or "" for the zero MAC.
+func (m MAC) String() string {
+	if m == (MAC{}) {
+		return ""
+	}
+	return net.HardwareAddr(m[:]).String()
+}
+
+// MarshalText implements encoding.TextMarshaler.
+func (m MAC) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText implements encoding.TextUnmarshaler; "" is the zero MAC.
+func (m *MAC) UnmarshalText(b []byte) error {
+	if len(b) == 0 {
+		*m = MAC{}
+		return nil
+	}
+	hw, err := net.ParseMAC(string(b))
+	if err != nil || len(hw) != 6 {
+		return fmt.Errorf("hardware address %q is not six bytes", b)
+	}
+	copy(m[:], hw)
+	return nil
+}
+
+// Bridge is a Linux bridge.
+type Bridge struct {
+	Name string
+	MAC  MAC
+	MTU  int // bytes
+	// Addrs are the bridge's own addresses, the gateways of its subnets.
+	Addrs []netip.Prefix
+	// Existing bridges were made by somebody else: Ensure only checks that
+	// there is one, nothing changes or removes it.
+	Existing bool
+	// Down is only ever set by Owned: somebody set the bridge down.
+	Down bool
+}
+
+// Veth is a pair whose host end, Name, is a port of Master. The other end,
+// Peer, is moved into the container by the engine and not looked for again;
+// Owned names it only while it has not been moved.
+type Veth struct {
+	Name, Peer string
+	Master     string
+	MTU        int // bytes, both ends
+	PeerMAC    MAC
+	Isolated   bool // no traffic to other isolated ports of the bridge
+	Hairpin    bool // frames may leave by the port they came in on
+	Down       bool // only ever set by Owned: somebody set the host end down
+}
+
+// Set names one set or map of the nftables table; see firewall.go for the
+// rules that look it up.
+type Set string
+
+// The sets, with the fields of Element that they use. A set whose key holds
+// an address exists once per family; the address tells which is meant.
+const (
+	SetBridges    Set = "bridges"    // Link: bridges whose containers are kept apart from all other networks
+	SetPass       Set = "pass"       // Link, Out: forwarding from Link to Out is allowed (ICC: the bridge twice)
+	SetInternal   Set = "internal"   // Link: nothing is forwarded in or out
+	SetOpen       Set = "open"       // Link, Net (0.0.0.0/0 or ::/0, the family): reachable from outside without a published port
+	SetRouted     Set = "routed"     // Link, Net (as SetOpen): echo requests from outside are let in
+	SetExposed    Set = "exposed"    // Net (host), Proto, Port: a port reachable from outside without translation
+	SetTrusted    Set = "trusted"    // Link, Net (host), Proto, Port: as SetExposed, but only for what comes in by Link
+	SetMasquerade Set = "masquerade" // Net: source subnet translated to the address of the way out
+	SetSNAT       Set = "snat"       // Net, To: source subnet translated to a fixed address
+	SetHairpin    Set = "hairpin"    // Net, Link: subnet and its bridge; translated destinations inside get the bridge's source address
+	SetHome       Set = "home"       // Net, Link: subnet and its bridge that is not ours; what leaves by it keeps its source address
+	SetPublished  Set = "published"  // Net (host address, or 0.0.0.0/0, ::/0 for all), Proto, Port, To, ToPort
+	SetAttached   Set = "attached"   // Link, Net (host): an endpoint on a bridge that is not ours
+)
+
+// Element is one entry of a set of the nftables table. Only the fields named
+// at its Set are used; the others are zero, so that elements compare with ==.
+type Element struct {
+	Set    Set
+	Link   string
+	Out    string
+	Net    netip.Prefix
+	Proto  Proto
+	Port   uint16
+	To     netip.Addr
+	ToPort uint16
+}
+
+// Proto is an IP protocol number.
+type Proto uint8
+
+// The protocols whose ports can be published.
+const (
+	TCP  Proto = 6
+	UDP  Proto = 17
+	SCTP Proto = 132
+)
+
+// String is the name that users type.
+func (p Proto) String() string {
+	switch p {
+	case TCP:
+		return "tcp"
+	case UDP:
+		return "udp"
+	case SCTP:
+		return "sctp"
+	}
+	return fmt.Sprintf("proto-%d", uint8(p))
+}
+
+// Socket is a host port that is held open for as long as it is published, so
+// that no other program can take it. What reaches the socket itself, because
+// translation cannot carry it (from [::1]; from IPv6 to a container that has
+// only IPv4), is passed on to the container by a proxy.
+type Socket struct {
+	Proto Proto
+	Host  netip.AddrPort
+	To    netip.AddrPort
+}
+
+// PortRequest asks for one port, the same on every host address.
+type PortRequest struct {
+	Proto Proto
+	Hosts []netip.Addr
+	// First and Last bound the choice; both 0 leave it to the kernel.
+	First, Last uint16
+}
+
+// Add appends everything in o.
+func (s *State) Add(o State) {
+	s.Bridges = append(s.Bridges, o.Bridges...)
+	s.Veths = append(s.Veths, o.Veths...)
+	s.Elements = append(s.Elements, o.Elements...)
+	s.Sockets = append(s.Sockets, o.Sockets...)
+	s.Forward4 = s.Forward4 || o.Forward4
+	s.Forward6 = s.Forward6 || o.Forward6
+	s.Hook = s.Hook || o.Hook
+}
+
+// Minus returns what is in s and not, or not equally, in o. Fields that the
+// kernel cannot show again (the container's end of a veth) are not compared,
+// nor is what would only be left alone (bridges that exist already).
+func (s State) Minus(o State) State {
+	return State{
+		Bridges:  minus(s.Bridges, o.Bridges, bridgeKey),
+		Veths:    minus(s.Veths, o.Veths, vethKey),
+		Elements: minus(s.Elements, o.Elements, func(e Element) Element { return e }),
+		Sockets:  minus(s.Sockets, o.Sockets, func(x Socket) Socket { return x }),
+		Forward4: s.Forward4 && !o.Forward4,
+		Forward6: s.Forward6 && !o.Forward6,
+		Hook:     s.Hook && !o.Hook,
+	}
+}
+
+// Empty reports whether the State asks for nothing.
+func (s State) Empty() bool {
+	return len(s.Bridges) == 0 && len(s.Veths) == 0 && len(s.Elements) == 0 && len(s.Sockets) == 0 &&
+		!s.Forward4 && !s.Forward6 && !s.Hook
+}
+
+func bridgeKey(b Bridge) string {
+	if b.Existing {
+		return b.Name + " existing"
+	}
+	return fmt.Sprintf("%s %s %d %t %v", b.Name, b.MAC, b.MTU, b.Down, sortedPrefixes(b.Addrs))
+}
+
+func vethKey(v Veth) Veth {
+	v.Peer, v.PeerMAC = "", MAC{}
+	return v
+}
+
+func sortedPrefixes(p []netip.Prefix) []netip.Prefix {
+	p = slices.Clone(p)
+	slices.SortFunc(p, func(a, b netip.Prefix) int {
+		return cmp.Or(a.Addr().Compare(b.Addr()), a.Bits()-b.Bits())
+	})
+	return p
+}
+
+func minus[T any, K comparable](have, other []T, key func(T) K) []T {
+	known := make(map[K]bool, len(other))
+	for _, o := range other {
+		known[key(o)] = true
+	}
+	var out []T
+	for _, h := range have {
+		if k := key(h); !known[k] {
+			known[k] = true // twice in s is once in the answer
+			out = append(out, h)
+		}
+	}
+	return out
+}
+
+// String prints the State as an operator would type it, one object a line,
+// sorted within each kind; it is what golden tests compare.
+func (s State) String() string {
+	var b strings.Builder
+	for _, x := range s.Bridges {
+		b.WriteString(x.String() + "\n")
+	}
+	for _, x := range s.Veths {
+		b.WriteString(x.String() + "\n")
+	}
+	lines := make([]string, 0, len(s.Elements))
+	for _, x := range s.Elements {
+		lines = append(lines, x.String())
+	}
+	slices.Sort(lines)
+	for _, l := range lines {
+		b.WriteString(l + "\n")
+	}
+	for _, x := range s.Sockets {
+		b.WriteString(x.String() + "\n")
+	}
+	if s.Forward4 {
+		b.WriteString("sysctl net.ipv4.ip_forward=1\n")
+	}
+	if s.Forward6 {
+		b.WriteString("sysctl net.ipv6.conf.all.forwarding=1\n")
+	}
+	if s.Hook {
+		b.WriteString("iptables hook\n")
+	}
+	return b.String()
+}
+
+func (b Bridge) String() string {
+	if b.Existing {
+		return fmt.Sprintf("link show %s type bridge", b.Name)
+	}
+	lines := []string{fmt.Sprintf("link add %s address %s mtu %d type bridge", b.Name, b.MAC, b.MTU)}
+	for _, a := range sortedPrefixes(b.Addrs) {
+		lines = append(lines, fmt.Sprintf("addr add %s dev %s", a, b.Name))
+	}
+	return strings.Join(lines, "\n")
+}
+
+func (v Veth) String() string {
+	t := fmt.Sprintf("link add %s master %s mtu %d type veth peer %s address %s", v.Name, v.Master, v.MTU, v.Peer, v.PeerMAC)
+	if v.Isolated {
+		t += fmt.Sprintf("\nbridge link set dev %s isolated on", v.Name)
+	}
+	if v.Hairpin {
+		t += fmt.Sprintf("\nbridge link set dev %s hairpin on", v.Name)
+	}
+	return t
+}
+
+func (e Element) String() string {
+	var key []string
+	if e.Link != "" {
+		key = append(key, e.Link)
+	}
+	if e.Out != "" {
+		key = append(key, e.Out)
+	}
+	if e.Net.IsValid() {
+		key = append(key, e.Net.String())
+	}
+	if e.Proto != 0 {
+		key = append(key, fmt.Sprintf("%s . %d", e.Proto, e.Port))
+	}
+	t := fmt.Sprintf("nft add element inet weft %s { %s", e.Set, strings.Join(key, " . "))
+	if e.To.IsValid() {
+		t += " : " + e.To.String()
+		if e.ToPort != 0 {
+			t += fmt.Sprintf(" . %d", e.ToPort)
+		}
+	}
+	return t + " }"
+}
+
+func (x Socket) String() string { return fmt.Sprintf("listen %s %s to %s", x.Proto, x.Host, x.To) }

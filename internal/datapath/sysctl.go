@@ -1,0 +1,173 @@
+package datapath
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// sysctl reads and writes settings below /proc/sys/net. They belong to the
+// network namespace of the calling thread.
+type sysctl struct {
+	root string // "/proc/sys"
+
+	mu        sync.Mutex
+	remounted bool // root was made writable by us; tried only once
+}
+
+// get reads a setting, for example "net/ipv4/ip_forward".
+func (s *sysctl) get(name string) (string, error) {
+	// Every endpoint reads one or two: os.ReadFile would introduce the file to
+	// the poller first, which costs more than reading it.
+	path := filepath.Join(s.root, name)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", fmt.Errorf("read sysctl: %w", &fs.PathError{Op: "open", Path: path, Err: err})
+	}
+	defer func() { _ = unix.Close(fd) }()
+	var buf [64]byte // the numbers that we read are shorter
+	n, err := unix.Read(fd, buf[:])
+	if err != nil {
+		return "", fmt.Errorf("read sysctl: %w", &fs.PathError{Op: "read", Path: path, Err: err})
+	}
+	return strings.TrimSpace(string(buf[:n])), nil
+}
+
+// set writes a setting if it has another value, and says whether it had.
+func (s *sysctl) set(name, value string) (changed bool, err error) {
+	have, err := s.get(name)
+	if err != nil || have == value {
+		return false, err
+	}
+	err = s.write(name, value)
+	if errors.Is(err, unix.EROFS) {
+		if err := s.remount(); err != nil {
+			return false, err
+		}
+		err = s.write(name, value)
+	}
+	if err != nil {
+		return false, fmt.Errorf("set sysctl %s to %s: %w", name, value, err)
+	}
+	return true, nil
+}
+
+func (s *sysctl) write(name, value string) error {
+	f, err := os.OpenFile(filepath.Join(s.root, name), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	return errors.Join(err, f.Close())
+}
+
+// remount makes /proc/sys writable in our own mount namespace: the engine
+// mounts it read-only in a managed plugin, whatever the plugin's privileges.
+func (s *sysctl) remount() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.remounted {
+		return nil
+	}
+	const rw = unix.MS_BIND | unix.MS_REMOUNT | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	err := unix.Mount("", s.root, "", rw, "")
+	if errors.Is(err, unix.EINVAL) { // not a mount of its own yet
+		if err = unix.Mount(s.root, s.root, "", unix.MS_BIND, ""); err == nil {
+			err = unix.Mount("", s.root, "", rw, "")
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("make %s writable: %w", s.root, err)
+	}
+	s.remounted = true
+	return nil
+}
+
+// bridge sets what a bridge of ours needs before it gets addresses.
+func (s *sysctl) bridge(b Bridge, d *done) error {
+	type setting struct{ name, value string }
+	var want []setting
+	has4, has6 := false, false
+	for _, a := range b.Addrs {
+		has4 = has4 || a.Addr().Is4()
+		has6 = has6 || a.Addr().Is6()
+	}
+	if has4 {
+		// A published port is translated for 127.0.0.1 too; its packets
+		// leave by the bridge with that source until they are masqueraded.
+		want = append(want, setting{"net/ipv4/conf/" + b.Name + "/route_localnet", "1"})
+	}
+	if has6 {
+		// Hosts that switch IPv6 off by default refuse the addresses.
+		want = append(want, setting{"net/ipv6/conf/" + b.Name + "/disable_ipv6", "0"})
+	}
+	// A container must not become the host's router by advertising itself.
+	want = append(want, setting{"net/ipv6/conf/" + b.Name + "/accept_ra", "0"})
+	for _, w := range want {
+		changed, err := s.set(w.name, w.value)
+		if errors.Is(err, fs.ErrNotExist) && !has6 && strings.HasPrefix(w.name, "net/ipv6/") {
+			continue // a kernel without IPv6
+		}
+		if err != nil {
+			return fmt.Errorf("bridge %s: %w", b.Name, err)
+		}
+		if changed {
+			d.say("bridge %s: %s=%s", b.Name, filepath.Base(w.name), w.value)
+		}
+	}
+	return nil
+}
+
+const (
+	forward4 = "net/ipv4/ip_forward"
+	forward6 = "net/ipv6/conf/all/forwarding"
+)
+
+// on reports whether a switch is on. One that the kernel lacks, as it may
+// IPv6, is off.
+func (s *sysctl) on(name string) (bool, error) {
+	v, err := s.get(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return false, nil
+	}
+	return err == nil && v != "0", err
+}
+
+// keepRouters lets interfaces that learn their routes from router
+// advertisements go on learning while we forward: with accept_ra=1 the kernel
+// stops and the host loses its IPv6 default route.
+func (s *sysctl) keepRouters(d *done) error {
+	dir := "net/ipv6/conf"
+	entries, err := os.ReadDir(filepath.Join(s.root, dir))
+	if err != nil {
+		return fmt.Errorf("list interfaces with IPv6: %w", err)
+	}
+	for _, e := range entries {
+		switch e.Name() {
+		case "all", "default", "lo":
+			continue
+		}
+		name := filepath.Join(dir, e.Name(), "accept_ra")
+		v, err := s.get(name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue // the interface has gone
+		}
+		if err != nil {
+			return err
+		}
+		if v != "1" {
+			continue
+		}
+		if _, err := s.set(name, "2"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		d.say("%s: accept_ra=2, to keep its router while forwarding", e.Name())
+	}
+	return nil
+}
