@@ -1,0 +1,147 @@
+package admin
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/sirupsen/logrus"
+)
+
+// PathStatus answers with what the status function returns.
+const PathStatus = "/v1/status"
+
+const (
+	timeout = 10 * time.Second // for one request
+	grace   = 2 * time.Second  // for requests in flight at a stop
+	maxBody = 64 << 20         // of an answer; an endpoint takes less than 1 KiB
+)
+
+// failure is the body of every answer that is not a success.
+type failure struct {
+	Error string
+}
+
+// Serve answers on l until ctx ends, then closes l and returns nil.
+func Serve(ctx context.Context, l net.Listener, status func(context.Context) (any, error), log logrus.FieldLogger) error {
+	mux := http.NewServeMux()
+	mux.HandleFunc(PathStatus, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodGet {
+			answer(w, log, http.StatusMethodNotAllowed, failure{"the status can only be read, with GET"})
+			return
+		}
+		ctx, cancel := context.WithTimeout(r.Context(), timeout)
+		defer cancel()
+		v, err := status(ctx)
+		if err != nil {
+			answer(w, log, http.StatusInternalServerError, failure{err.Error()})
+			return
+		}
+		answer(w, log, http.StatusOK, v)
+	})
+	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
+		answer(w, log, http.StatusNotFound, failure{"there is nothing at " + r.URL.Path})
+	})
+	base, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	srv := &http.Server{
+		Handler:           mux,
+		BaseContext:       func(net.Listener) context.Context { return base },
+		ReadHeaderTimeout: timeout, ReadTimeout: timeout, WriteTimeout: 2 * timeout,
+	}
+	failed := make(chan error, 1)
+	go func() { failed <- srv.Serve(l) }()
+	select {
+	case err := <-failed:
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	case <-ctx.Done():
+	}
+	stop, cancelStop := context.WithTimeout(base, grace)
+	defer cancelStop()
+	if err := srv.Shutdown(stop); err != nil {
+		_ = srv.Close() // a reader that loses its answer asks again
+	}
+	if err := <-failed; !errors.Is(err, http.ErrServerClosed) {
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
+	}
+	return nil
+}
+
+// answer encodes before it sends, so that a value that cannot be encoded is
+// an error and not half an answer.
+func answer(w http.ResponseWriter, log logrus.FieldLogger, code int, v any) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		log.WithError(err).Error("encode status")
+		code, b = http.StatusInternalServerError, []byte(`{"Error":"the status cannot be encoded, see the log"}`)
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(code)
+	if _, err := w.Write(append(b, '\n')); err != nil {
+		log.WithError(err).Debug("send status")
+	}
+}
+
+// Get decodes what the plugin that listens on socket answers at path.
+func Get(ctx context.Context, socket, path string, into any) error {
+	transport := &http.Transport{
+		DisableKeepAlives: true,
+		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, socket) },
+	}
+	ctx, cancel := context.WithTimeout(ctx, 2*timeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://weft"+path, nil)
+	if err != nil {
+		return fmt.Errorf("ask %s: %w", socket, err)
+	}
+	resp, err := transport.RoundTrip(req)
+	if err != nil {
+		return fmt.Errorf("ask %s: %w", socket, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxBody))
+	if err != nil {
+		return fmt.Errorf("ask %s: read answer: %w", socket, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		var f failure
+		if json.Unmarshal(body, &f) != nil || f.Error == "" {
+			f.Error = resp.Status
+		}
+		return fmt.Errorf("ask %s for %s: %s", socket, path, f.Error)
+	}
+	if err := json.Unmarshal(body, into); err != nil {
+		return fmt.Errorf("ask %s: decode answer: %w", socket, err)
+	}
+	return nil
+}
+
+// maxAddr is the longest path that fits into a socket's address (sun_path
+// with its final zero).
+const maxAddr = 107
+
+// dial also reaches sockets whose path is too long for an address, as that of
+// a managed plugin's state on the host is.
+func dial(ctx context.Context, socket string) (net.Conn, error) {
+	addr := socket
+	if len(socket) > maxAddr {
+		dir, err := os.Open(filepath.Dir(socket))
+		if err != nil {
+			return nil, err
+		}
+		defer func() { _ = dir.Close() }()
+		addr = fmt.Sprintf("/proc/self/fd/%d/%s", dir.Fd(), filepath.Base(socket))
+	}
+	conn, err := (&net.Dialer{}).DialContext(ctx, "unix", addr)
+	if op := (*net.OpError)(nil); errors.As(err, &op) {
+		return nil, op.Err // the address in it may be the made-up one
+	}
+	return conn, err
+}
