@@ -1,0 +1,258 @@
+package ipam
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net/netip"
+	"time"
+
+	"github.com/weftnet/weft/internal/store"
+)
+
+// errPoolGone: the pool was released between being found and being used.
+var errPoolGone = errors.New("the pool is being released")
+
+// addressRequest is RequestAddress in parsed form.
+type addressRequest struct {
+	id   poolID
+	want netip.Addr // zero: choose one
+	kind kind
+}
+
+func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Prefix, error) {
+	if first, last := r.id.usable(); r.want.IsValid() && (!r.id.prefix.Contains(r.want) || r.want.Less(first) || last.Less(r.want)) {
+		return netip.Prefix{}, fmt.Errorf("address %s is not a usable one of pool %s: %s to %s are", r.want, r.id.prefix, first, last)
+	}
+	for range 3 {
+		p, err := i.find(ctx, r.id)
+		if err != nil {
+			return netip.Prefix{}, err
+		}
+		var a netip.Addr
+		if r.want.IsValid() {
+			a, err = r.want, i.explicit(ctx, p, r)
+		} else {
+			a, err = i.choose(ctx, p, r)
+		}
+		if err == nil {
+			return p.with(a), nil
+		}
+		if !errors.Is(err, errPoolGone) {
+			return netip.Prefix{}, err
+		}
+	}
+	return netip.Prefix{}, fmt.Errorf("address in pool %s: %w", r.id.prefix, errPoolGone)
+}
+
+// choose hands out the next free address.
+func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Addr, error) {
+	for {
+		p.mu.Lock()
+		p.adoptable = false
+		if p.closed {
+			p.mu.Unlock()
+			return netip.Addr{}, errPoolGone
+		}
+		if gw := p.gateway(); r.kind == kindGateway && gw.IsValid() && (p.space == GlobalSpace || p.adopted) && p.busy[gw] == nil {
+			defer p.mu.Unlock()
+			p.stale.remove(gw)
+			return gw, nil // the network has its gateway already
+		}
+		a, ok := p.next(r)
+		if !ok {
+			defer p.mu.Unlock()
+			return netip.Addr{}, p.exhausted(r.id)
+		}
+		before := p.cursor
+		if r.kind == kindAuto {
+			p.cursor = a.Next()
+		}
+		p.taken.add(a)
+		p.busy[a] = &busy{done: make(chan struct{})}
+		p.mu.Unlock()
+
+		err := i.write(ctx, p, a, r.kind, false)
+		if errors.Is(err, store.ErrExists) {
+			continue // another host was quicker; the address stays marked
+		}
+		if err != nil && !errors.Is(err, store.ErrUncertain) {
+			p.mu.Lock()
+			if p.cursor == a.Next() && r.kind == kindAuto {
+				p.cursor = before
+			}
+			p.mu.Unlock()
+		}
+		return a, err
+	}
+}
+
+// next picks a free address; p.mu is held. A gateway is the first one, others
+// follow the cursor.
+func (p *pool) next(r addressRequest) (netip.Addr, bool) {
+	first, last := r.id.auto()
+	from := p.cursor
+	if r.kind == kindGateway || !from.IsValid() || from.Less(first) || last.Less(from) {
+		from = first
+	}
+	if a, ok := p.taken.next(from, last); ok || from == first {
+		return a, ok
+	}
+	return p.taken.next(first, from.Prev())
+}
+
+func (p *pool) exhausted(id poolID) error {
+	if id.sub.IsValid() {
+		return fmt.Errorf("no free address left in %s of pool %s: all %s are in use", id.sub, p.prefix, count(id.auto()))
+	}
+	return fmt.Errorf("no free address left in pool %s: %d of %s are in use", p.prefix, p.taken.len(), p.size())
+}
+
+// explicit hands out a given address.
+func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) error {
+	shared, asked := p.space == GlobalSpace, false
+	for {
+		p.mu.Lock()
+		p.adoptable = false
+		b := p.busy[r.want]
+		switch {
+		case p.closed:
+			p.mu.Unlock()
+			return errPoolGone
+		case b != nil && !b.queued:
+			p.mu.Unlock()
+			select {
+			case <-b.done:
+				continue
+			case <-ctx.Done():
+				return fmt.Errorf("address %s of pool %s is still being written: %w", r.want, p.prefix, ctx.Err())
+			}
+		case b == nil && p.taken.has(r.want):
+			if p.stale.remove(r.want) || shared {
+				p.mu.Unlock()
+				return nil
+			}
+			if !asked {
+				p.mu.Unlock()
+				id, held := i.holder(p.prefix) // not under the lock: it is the driver's business
+				shared, asked = held && swarm(id), true
+				continue
+			}
+			defer p.mu.Unlock()
+			return p.refuse(r)
+		}
+		// Free, or about to be freed by Run, which lets go of it here.
+		p.taken.add(r.want)
+		p.busy[r.want] = &busy{done: make(chan struct{})}
+		p.mu.Unlock()
+		err := i.write(ctx, p, r.want, r.kind, b != nil)
+		if errors.Is(err, store.ErrExists) && b != nil {
+			return nil // the write before, whose outcome nobody knew
+		}
+		if errors.Is(err, store.ErrExists) {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return p.refuse(r)
+		}
+		return err
+	}
+}
+
+// refuse says that an address is taken, and what is not; p.mu is held.
+func (p *pool) refuse(r addressRequest) error {
+	free := "none is free"
+	if a, ok := p.next(addressRequest{id: r.id}); ok {
+		free = "next free is " + a.String()
+	}
+	return fmt.Errorf("address %s of pool %s is in use: %s; %d of %s used", r.want, p.prefix, free, p.taken.len(), p.size())
+}
+
+// gateway returns the newest gateway, if any; p.mu is held.
+func (p *pool) gateway() netip.Addr {
+	var out netip.Addr
+	for a, rev := range p.gateways {
+		if !out.IsValid() || rev > p.gateways[out] {
+			out = a
+		}
+	}
+	return out
+}
+
+// write writes the record of an address that is marked as taken and busy, and
+// ends its being busy. doubtful: there may be a record from a write before.
+func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, k kind, doubtful bool) error {
+	v, err := json.Marshal(addressRecord{Version: recordVersion, Kind: k, Created: time.Now().UTC()})
+	rec := store.Record{Key: p.address(a), Value: v}
+	if err == nil {
+		rec, err = i.store.Put(ctx, rec)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	b := p.busy[a]
+	close(b.done)
+	switch {
+	case err == nil, errors.Is(err, store.ErrExists):
+		if k == kindGateway && err == nil {
+			p.gateways[a] = rec.Rev
+		} else if k == kindGateway && doubtful {
+			p.gateways[a] = math.MaxUint64 // written just before; what revision, nobody knows
+		}
+		delete(p.busy, a)
+	case errors.Is(err, store.ErrUncertain), doubtful:
+		b.queued = true
+		i.later(cleanup{pool: p, addr: a, busy: b})
+	default:
+		p.taken.remove(a)
+		delete(p.busy, a)
+	}
+	return err
+}
+
+// releaseAddress is ReleaseAddress. Unknown addresses and pools are success.
+func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) error {
+	p := i.pool(id.poolKey)
+	if p == nil || !p.prefix.Contains(a) {
+		return nil
+	}
+	for {
+		p.mu.Lock()
+		b := p.busy[a]
+		if p.closed || !p.taken.has(a) || b != nil && b.queued {
+			p.mu.Unlock()
+			return nil
+		}
+		if b == nil {
+			b = &busy{done: make(chan struct{})}
+			p.busy[a] = b
+			p.mu.Unlock()
+			return i.free(ctx, p, a, b)
+		}
+		p.mu.Unlock()
+		select {
+		case <-b.done:
+		case <-ctx.Done():
+			return fmt.Errorf("address %s of pool %s is still being written: %w", a, p.prefix, ctx.Err())
+		}
+	}
+}
+
+// free deletes the record of an address that is busy and then its mark. If
+// that fails Run goes on: the engine ignores the error and never asks again.
+func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
+	err := i.store.Delete(ctx, p.address(a))
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	close(b.done)
+	if err != nil {
+		b.queued = true
+		i.later(cleanup{pool: p, addr: a, busy: b})
+		return err
+	}
+	p.taken.remove(a)
+	p.stale.remove(a)
+	delete(p.busy, a)
+	delete(p.gateways, a)
+	return nil
+}

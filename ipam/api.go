@@ -1,0 +1,161 @@
+package ipam
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/docker/go-plugins-helpers/ipam"
+
+	"github.com/weftnet/weft/internal/plugin"
+)
+
+// Capabilities is the answer to GetCapabilities. We ask for no replay, since
+// our records survive, and for no MAC address: with one the engine would set it
+// on the link, which ipvlan does not allow.
+var Capabilities = ipam.CapabilitiesResponse{}
+
+// Spaces is the answer to GetDefaultAddressSpaces.
+var Spaces = ipam.AddressSpacesResponse{
+	LocalDefaultAddressSpace:  LocalSpace,
+	GlobalDefaultAddressSpace: GlobalSpace,
+}
+
+// Register puts the calls that are not constant on m.
+func (i *IPAM) Register(m *plugin.Mux) {
+	plugin.Handle(m, plugin.PathRequestPool, i.RequestPool)
+	plugin.Handle(m, plugin.PathReleasePool, i.ReleasePool)
+	plugin.Handle(m, plugin.PathRequestAddress, i.RequestAddress)
+	plugin.Handle(m, plugin.PathReleaseAddress, i.ReleaseAddress)
+}
+
+var errNotLoaded = errors.New("the pools have not been read from disk yet")
+
+func (i *IPAM) ready() error {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	if !i.loaded {
+		return errNotLoaded
+	}
+	return nil
+}
+
+// RequestPool makes a pool, chosen or given.
+func (i *IPAM) RequestPool(ctx context.Context, req ipam.RequestPoolRequest) (ipam.RequestPoolResponse, error) {
+	r, err := parsePoolRequest(req)
+	if err == nil {
+		err = i.ready()
+	}
+	if err != nil {
+		return ipam.RequestPoolResponse{}, err
+	}
+	id, err := i.requestPool(ctx, r)
+	if err != nil {
+		return ipam.RequestPoolResponse{}, err
+	}
+	return ipam.RequestPoolResponse{PoolID: id.String(), Pool: id.prefix.String(), Data: map[string]string{}}, nil
+}
+
+func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {
+	r := poolRequest{v6: req.V6}
+	err := checkOptions(req.Options)
+	if err != nil {
+		return r, err
+	}
+	r.space = req.AddressSpace
+	if r.space != LocalSpace && r.space != GlobalSpace {
+		return r, fmt.Errorf("there is no address space %q, only %s and %s", r.space, LocalSpace, GlobalSpace)
+	}
+	if req.Pool == "" {
+		if req.SubPool != "" {
+			return r, fmt.Errorf("ip-range %s needs a subnet that it is a part of", req.SubPool)
+		}
+		return r, nil
+	}
+	p, err := netip.ParsePrefix(req.Pool)
+	if err != nil {
+		return r, fmt.Errorf("subnet %q: %w", req.Pool, err)
+	}
+	// From 29.0 on the engine passes "--subnet 0.0.0.0/26" on: a /26 from
+	// the pools, whichever.
+	if p.Addr().IsUnspecified() && p.Bits() > 0 {
+		if most := p.Addr().BitLen() - 2; p.Bits() > most || req.SubPool != "" {
+			return r, fmt.Errorf("subnet %s asks for any subnet of that size: at most /%d, and without ip-range", p, most)
+		}
+		r.bits, r.v6 = p.Bits(), p.Addr().Is6()
+		return r, nil
+	}
+	r.prefix = p.Masked()
+	if req.SubPool != "" {
+		if r.sub, err = netip.ParsePrefix(req.SubPool); err != nil {
+			return r, fmt.Errorf("ip-range %q: %w", req.SubPool, err)
+		}
+		if r.sub = r.sub.Masked(); r.sub == r.prefix {
+			r.sub = netip.Prefix{}
+		}
+	}
+	return r, r.validate()
+}
+
+// ReleasePool drops a pool and every address left in it.
+func (i *IPAM) ReleasePool(ctx context.Context, req ipam.ReleasePoolRequest) (plugin.Empty, error) {
+	if err := i.ready(); err != nil {
+		return plugin.Empty{}, err
+	}
+	id, err := parsePoolID(req.PoolID)
+	if err != nil {
+		return plugin.Empty{}, nil //nolint:nilerr // we never handed it out, so it is released
+	}
+	return plugin.Empty{}, i.releasePool(ctx, id)
+}
+
+// RequestAddress hands out an address, chosen or given.
+func (i *IPAM) RequestAddress(ctx context.Context, req ipam.RequestAddressRequest) (ipam.RequestAddressResponse, error) {
+	r, err := parseAddressRequest(req)
+	if err == nil {
+		err = i.ready()
+	}
+	if err != nil {
+		return ipam.RequestAddressResponse{}, err
+	}
+	a, err := i.requestAddress(ctx, r)
+	if err != nil {
+		return ipam.RequestAddressResponse{}, err
+	}
+	return ipam.RequestAddressResponse{Address: a.String(), Data: map[string]string{}}, nil
+}
+
+func parseAddressRequest(req ipam.RequestAddressRequest) (addressRequest, error) {
+	id, err := parsePoolID(req.PoolID)
+	if err != nil {
+		return addressRequest{}, err
+	}
+	r := addressRequest{id: id, kind: kindAuto}
+	if req.Address != "" {
+		if r.want, err = netip.ParseAddr(req.Address); err != nil {
+			return r, fmt.Errorf("address %q: %w", req.Address, err)
+		}
+		r.kind = kindExplicit
+	}
+	if req.Options[plugin.OptionRequestAddressType] == plugin.RequestAddressGateway {
+		r.kind = kindGateway
+	}
+	return r, nil
+}
+
+// ReleaseAddress frees an address.
+func (i *IPAM) ReleaseAddress(ctx context.Context, req ipam.ReleaseAddressRequest) (plugin.Empty, error) {
+	if err := i.ready(); err != nil {
+		return plugin.Empty{}, err
+	}
+	id, err := parsePoolID(req.PoolID)
+	if err != nil {
+		return plugin.Empty{}, nil //nolint:nilerr // we never handed it out, so it is free
+	}
+	a, err := netip.ParseAddr(req.Address)
+	if err != nil {
+		return plugin.Empty{}, nil //nolint:nilerr // as above
+	}
+	return plugin.Empty{}, i.releaseAddress(ctx, id, a)
+}

@@ -1,0 +1,52 @@
+// Package ipam answers the engine's IPAM calls: it hands out pools (subnets)
+// and addresses, and remembers on disk what it handed out.
+//
+// It owns the two address spaces, their pools, and the addresses in them. It
+// never touches the kernel, never frees an address on its own, and does not know
+// what an endpoint is.
+//
+// # Words
+//
+// A space is local (pools of this host) or global (pools that the leader of a
+// swarm hands out for all hosts). On a manager that also runs tasks the same
+// subnet is in use in both at the same time, so they share nothing but that
+// automatic pools avoid each other. A pool is one subnet of one space. A sub-pool
+// (--ip-range) limits which addresses are chosen automatically, nothing else. A
+// pool ID names space, pool and sub-pool and is all that the engine keeps, so
+// it must mean the same for ever; one that we have lost is taken up again.
+//
+// # What is handed out twice
+//
+// Nothing, where a network is local to this host. In the global space, and on
+// a host for the pool of a swarm network, the engine asks again for pools and
+// addresses that it never released (after the leader changed; after a crash,
+// because swarm networks are not stored): there the same pool, and the same
+// explicit address, is granted again. So is, once, what was read from disk for
+// a local pool that no network uses: the process died between the pool and
+// the network.
+//
+// # State
+//
+// One record for each pool and each address, written before the answer. What
+// is chosen is marked in memory first, under the pool's lock, then written
+// without any lock, so that concurrent requests on one pool share a sync. A write
+// whose outcome is unknown, and a release that failed, leave the mark in place
+// and put the address on a list that [IPAM.Run] works off: until its record is
+// certainly gone nobody else gets the address.
+//
+// The next free address after the last one is chosen, so that a released
+// address rests before it is used again (late releases, ARP caches). After a
+// restart the order goes on after the newest record. Automatic gateways are the
+// first free address of the sub-pool if there is one, else of the pool.
+//
+// # Locks
+//
+// In this order: changes (a channel, because it is held across writes and its
+// waiters' contexts must count) serialises making and dropping pools; mu guards
+// the table of pools; each pool's mu guards that pool; queueMu guards the list
+// of what Run has to do. No mutex is held during a write, nor while the driver
+// or the kernel is asked something.
+//
+// Entry points: [New], [IPAM.Load], [IPAM.Run], [IPAM.Register], [IPAM.Status],
+// [ParsePools].
+package ipam

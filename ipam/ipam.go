@@ -1,0 +1,459 @@
+package ipam
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/weftnet/weft/internal/store"
+)
+
+// records is what ipam needs of a store. Writes have to be carried out in the
+// order in which they were handed over, also those whose context ended.
+type records interface {
+	List(ctx context.Context, prefix string) ([]store.Record, error)
+	Put(ctx context.Context, r store.Record) (store.Record, error)
+	Delete(ctx context.Context, key string) error
+	DeletePrefix(ctx context.Context, prefix string) error
+}
+
+// Config is what New needs.
+type Config struct {
+	Store records
+	// Host returns the host's routes and addresses, and its resolvers as
+	// prefixes of one address. Automatic pools overlap none of them.
+	Host func(context.Context) ([]netip.Prefix, error)
+	// Holder returns the ID of the network of our own driver that uses
+	// exactly this subnet. nil: there is no such driver.
+	Holder func(netip.Prefix) (networkID string, ok bool)
+	// Pools is where automatic pools come from. A family without a range in
+	// it has the default ones.
+	Pools []PoolRange
+	Log   logrus.FieldLogger
+}
+
+// IPAM hands out pools and addresses. Its methods may be called from any
+// goroutine.
+type IPAM struct {
+	store  records
+	host   func(context.Context) ([]netip.Prefix, error)
+	holder func(netip.Prefix) (string, bool)
+	log    logrus.FieldLogger
+
+	changes chan struct{} // holds one token: making and dropping pools
+	ranges4 []PoolRange
+	ranges6 []PoolRange // empty until our own prefix is known; guarded by changes
+
+	mu     sync.RWMutex
+	pools  map[poolKey]*pool
+	loaded bool
+
+	queueMu sync.Mutex
+	queue   []cleanup
+	wake    chan struct{}
+}
+
+// pool is one subnet of one space.
+type pool struct {
+	poolKey
+
+	mu     sync.Mutex
+	sub    netip.Prefix // of the last request for the pool
+	rev    uint64       // of the record; 0 when a write of it had an unknown outcome
+	taken  addrSet
+	cursor netip.Addr // where the search for the next free address starts
+	// gateways has the addresses that were requested as gateway, with the
+	// revisions of their records. One is usual; the newest counts.
+	gateways map[netip.Addr]uint64
+	// busy has the addresses, all of them taken, that are being written.
+	busy map[netip.Addr]*busy
+	// adoptable: read from disk and not used since, so perhaps its network was
+	// never made. stale: the addresses a pool had when it was adopted, each of
+	// which is granted once more.
+	adoptable bool
+	stale     addrSet
+	adopted   bool
+	releasing bool // ReleasePool came
+	closed    bool // no address is handed out any more; the pool will go
+}
+
+// busy is an address between its mark in memory and the end of its write.
+type busy struct {
+	done   chan struct{} // closed when the write ends
+	queued bool          // it ended badly: the record has to go, see Run
+}
+
+// poolRecord and addressRecord are what is on disk.
+type poolRecord struct {
+	Version int
+	SubPool netip.Prefix `json:",omitzero"`
+	Created time.Time
+}
+
+type addressRecord struct {
+	Version int
+	Kind    kind
+	Created time.Time
+}
+
+const recordVersion = 1
+
+// kind is what an address was requested as.
+type kind string
+
+const (
+	kindGateway  kind = "gateway"
+	kindAuto     kind = "auto"     // chosen by us
+	kindExplicit kind = "explicit" // --ip, --aux-address, or the engine repeating itself
+)
+
+// New returns an IPAM without pools; Load reads them.
+func New(c Config) (*IPAM, error) {
+	if c.Store == nil || c.Host == nil || c.Log == nil {
+		return nil, errors.New("ipam: store, host and log are required")
+	}
+	i := &IPAM{
+		store: c.Store, host: c.Host, holder: c.Holder, log: c.Log,
+		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
+	}
+	if i.holder == nil {
+		i.holder = func(netip.Prefix) (string, bool) { return "", false }
+	}
+	for _, r := range c.Pools {
+		if r.Prefix.Addr().Is4() {
+			i.ranges4 = append(i.ranges4, r)
+		} else {
+			i.ranges6 = append(i.ranges6, r)
+		}
+	}
+	if i.ranges4 == nil {
+		i.ranges4 = defaultPools4
+	}
+	return i, nil
+}
+
+// change takes the right to make and drop pools. The caller gives it back by
+// calling the function.
+func (i *IPAM) change(ctx context.Context) (func(), error) {
+	select {
+	case i.changes <- struct{}{}:
+		return func() { <-i.changes }, nil
+	case <-ctx.Done():
+		return nil, fmt.Errorf("another pool is still being written: %w", ctx.Err())
+	}
+}
+
+func (i *IPAM) pool(k poolKey) *pool {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	return i.pools[k]
+}
+
+// poolRequest is RequestPool in parsed form.
+type poolRequest struct {
+	poolID     // without prefix: choose one
+	bits   int // wanted prefix length of a chosen one; 0 is the range's
+	v6     bool
+}
+
+func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
+	release, err := i.change(ctx)
+	if err != nil {
+		return poolID{}, err
+	}
+	defer release()
+	if !r.prefix.IsValid() {
+		if r.prefix, err = i.choosePool(ctx, r); err != nil {
+			return poolID{}, err
+		}
+		return r.poolID, i.addPool(ctx, r.poolID)
+	}
+	if p := i.pool(r.poolKey); p != nil {
+		p.mu.Lock()
+		gone := p.releasing || p.closed
+		p.mu.Unlock()
+		if !gone {
+			return r.poolID, i.again(ctx, p, r)
+		}
+		// Its release failed or is just coming: finish it first.
+		if err := i.drop(ctx, p); err != nil {
+			return poolID{}, err
+		}
+	}
+	if o := i.overlap(r.poolKey); o != nil {
+		return poolID{}, i.inUse(r.prefix, o)
+	}
+	return r.poolID, i.addPool(ctx, r.poolID)
+}
+
+// choosePool returns a pool that overlaps nothing that we know of: pools of
+// both spaces, since a manager's tasks use the subnets of the global one too,
+// and what the host has.
+func (i *IPAM) choosePool(ctx context.Context, r poolRequest) (netip.Prefix, error) {
+	host, err := i.host(ctx)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("look at the host's routes: %w", err)
+	}
+	var avoid []netip.Prefix
+	for _, p := range host {
+		if p.Bits() > 0 { // the default route overlaps everything
+			avoid = append(avoid, p.Masked())
+		}
+	}
+	i.mu.RLock()
+	for k := range i.pools {
+		avoid = append(avoid, k.prefix)
+	}
+	i.mu.RUnlock()
+	ranges := i.ranges4
+	if r.v6 {
+		if err := i.loadULA(ctx); err != nil {
+			return netip.Prefix{}, err
+		}
+		ranges = i.ranges6
+	}
+	return choose(ranges, r.bits, avoid)
+}
+
+// loadULA makes sure that there are IPv6 ranges: our own prefix, made once.
+func (i *IPAM) loadULA(ctx context.Context) error {
+	if i.ranges6 != nil {
+		return nil
+	}
+	have, err := i.store.List(ctx, ulaKey)
+	if err != nil {
+		return err
+	}
+	ula := newULA()
+	if len(have) > 0 {
+		if ula, err = netip.ParsePrefix(string(have[0].Value)); err != nil {
+			return fmt.Errorf("record %s: %w", ulaKey, err)
+		}
+	} else if _, err := i.store.Put(ctx, store.Record{Key: ulaKey, Value: []byte(ula.String())}); err != nil {
+		return err
+	}
+	i.ranges6 = []PoolRange{{ula, ulaSize}}
+	return nil
+}
+
+// overlap returns another pool of the same space that k overlaps, if any.
+func (i *IPAM) overlap(k poolKey) *pool {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	for o, p := range i.pools {
+		if o.space == k.space && o.prefix != k.prefix && o.prefix.Overlaps(k.prefix) {
+			return p
+		}
+	}
+	return nil
+}
+
+// inUse says which pool is in the way of a wanted one.
+func (i *IPAM) inUse(want netip.Prefix, p *pool) error {
+	by := ""
+	if id, ok := i.holder(p.prefix); ok && p.space == LocalSpace {
+		by = " by network " + short(id)
+	}
+	if want == p.prefix {
+		return fmt.Errorf("subnet %s is in use%s: choose another subnet, or remove the network that has it", want, by)
+	}
+	return fmt.Errorf("subnet %s overlaps %s, which is in use%s: choose another subnet", want, p.prefix, by)
+}
+
+// short is the form of an ID that docker network ls prints.
+func short(id string) string { return id[:min(len(id), 12)] }
+
+// swarm reports whether a network ID is one of swarm's: 25 characters, where
+// the engine's own have 64.
+func swarm(id string) bool { return len(id) == 25 }
+
+// addPool writes the record of a new pool. The caller holds changes.
+func (i *IPAM) addPool(ctx context.Context, id poolID) error {
+	p := &pool{poolKey: id.poolKey, sub: id.sub, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{}}
+	err := i.putPool(ctx, p)
+	switch {
+	case errors.Is(err, store.ErrUncertain):
+		// The engine takes it for refused and will not release it.
+		p.releasing, p.closed = true, true
+		i.later(cleanup{pool: p})
+	case err != nil:
+		return err
+	}
+	i.mu.Lock()
+	i.pools[id.poolKey] = p
+	i.mu.Unlock()
+	return err
+}
+
+// putPool writes the record of a pool that no other goroutine changes: a new
+// one, or one whose changes the caller holds.
+func (i *IPAM) putPool(ctx context.Context, p *pool) error {
+	v, err := json.Marshal(poolRecord{Version: recordVersion, SubPool: p.sub, Created: time.Now().UTC()})
+	if err != nil {
+		return err
+	}
+	r, err := i.store.Put(ctx, store.Record{Key: p.record(), Value: v, Rev: p.rev})
+	if err == nil {
+		p.rev = r.Rev
+	}
+	return err
+}
+
+// again decides on a request for a pool that exists. The caller holds changes.
+func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
+	id, held := i.holder(p.prefix)
+	p.mu.Lock()
+	shared := p.space == GlobalSpace || held && swarm(id)
+	if !shared && (held || !p.adoptable) {
+		p.mu.Unlock()
+		return i.inUse(p.prefix, p)
+	}
+	same := p.sub == r.sub && p.rev != 0
+	next := &pool{poolKey: p.poolKey, sub: r.sub, rev: p.rev}
+	p.mu.Unlock()
+	if !same {
+		err := i.findRev(ctx, next)
+		if err == nil {
+			err = i.putPool(ctx, next)
+		}
+		if err != nil {
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.rev = 0
+			return err
+		}
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.sub, p.rev = next.sub, next.rev
+	if !shared {
+		p.stale, p.adopted = p.taken.clone(), true
+	}
+	p.adoptable = false
+	return nil
+}
+
+// findRev reads the revision of a pool's record again if it is not known.
+func (i *IPAM) findRev(ctx context.Context, p *pool) error {
+	if p.rev != 0 {
+		return nil
+	}
+	have, err := i.store.List(ctx, p.record())
+	if err != nil {
+		return err
+	}
+	for _, r := range have {
+		if r.Key == p.record() { // "…/2" also lists "…/24"
+			p.rev = r.Rev
+		}
+	}
+	return nil
+}
+
+// releasePool is ReleasePool. Unknown pools are success, and so is an ID whose
+// sub-pool is not the one of the last request: the pool belongs to that.
+func (i *IPAM) releasePool(ctx context.Context, id poolID) error {
+	p := i.pool(id.poolKey)
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	mine := p.sub == id.sub && !p.closed
+	p.releasing = p.releasing || mine
+	p.mu.Unlock()
+	if !mine {
+		return nil
+	}
+	release, err := i.change(ctx)
+	if err == nil {
+		defer release()
+		err = i.drop(ctx, p)
+	}
+	if err != nil {
+		// The engine ignores the error and never asks again.
+		i.later(cleanup{pool: p})
+		return err
+	}
+	return nil
+}
+
+// drop deletes a pool with all its addresses: the engine does not release
+// those that are left. The caller holds changes. It may be repeated.
+func (i *IPAM) drop(ctx context.Context, p *pool) error {
+	if i.pool(p.poolKey) != p {
+		return nil
+	}
+	p.mu.Lock()
+	p.closed = true
+	var wait []*busy
+	for _, b := range p.busy {
+		if !b.queued {
+			wait = append(wait, b)
+		}
+	}
+	p.mu.Unlock()
+	for _, b := range wait {
+		select {
+		case <-b.done:
+		case <-ctx.Done():
+			return fmt.Errorf("release pool %s: an address is still being written: %w", p.prefix, ctx.Err())
+		}
+	}
+	if err := i.store.Delete(ctx, p.record()); err != nil {
+		return err
+	}
+	if err := i.store.DeletePrefix(ctx, p.addresses()); err != nil {
+		return err
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	delete(i.pools, p.poolKey)
+	return nil
+}
+
+// find returns the pool of an ID. One that is unknown, because its record was
+// lost or the plugin installed again, is taken up again if nothing is in the
+// way: the engine never repeats RequestPool for the networks it has, and would
+// not be able to start their containers.
+func (i *IPAM) find(ctx context.Context, id poolID) (*pool, error) {
+	if p := i.pool(id.poolKey); p.open() {
+		return p, nil
+	}
+	release, err := i.change(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	p := i.pool(id.poolKey)
+	if p.open() {
+		return p, nil
+	}
+	if p != nil {
+		if err := i.drop(ctx, p); err != nil {
+			return nil, err
+		}
+	}
+	if o := i.overlap(id.poolKey); o != nil {
+		return nil, fmt.Errorf("unknown pool %s: %w", id, i.inUse(id.prefix, o))
+	}
+	if err := i.addPool(ctx, id); err != nil {
+		return nil, err
+	}
+	i.log.WithField("pool", id.String()).Warn("unknown pool taken up again; addresses that its containers had before are not known")
+	return i.pool(id.poolKey), nil
+}
+
+func (p *pool) open() bool {
+	if p == nil {
+		return false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return !p.closed
+}

@@ -1,0 +1,101 @@
+package ipam
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"strings"
+)
+
+// Load reads all pools and addresses. Until it has succeeded every request
+// fails, so that nothing is handed out that somebody has; it may be repeated.
+func (i *IPAM) Load(ctx context.Context) error {
+	release, err := i.change(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	if i.ready() == nil {
+		return nil
+	}
+	pools := map[poolKey]*pool{}
+	list, err := i.store.List(ctx, poolPrefix)
+	if err != nil {
+		return err
+	}
+	for _, r := range list {
+		var rec poolRecord
+		if err := decode(r.Key, r.Value, &rec, &rec.Version); err != nil {
+			return err
+		}
+		id, err := parsePoolID(strings.TrimPrefix(r.Key, poolPrefix))
+		if err == nil {
+			id.sub = rec.SubPool
+			err = id.validate()
+		}
+		if err != nil {
+			return fmt.Errorf("record %s: %w", r.Key, err)
+		}
+		pools[id.poolKey] = &pool{
+			poolKey: id.poolKey, sub: rec.SubPool, rev: r.Rev,
+			busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{}, adoptable: true,
+		}
+	}
+	if err := i.loadAddresses(ctx, pools); err != nil {
+		return err
+	}
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	i.pools, i.loaded = pools, true
+	return nil
+}
+
+func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) error {
+	list, err := i.store.List(ctx, addressPrefix)
+	if err != nil {
+		return err
+	}
+	newest := map[*pool]uint64{}
+	orphans := map[poolKey]bool{}
+	for _, r := range list {
+		var rec addressRecord
+		if err := decode(r.Key, r.Value, &rec, &rec.Version); err != nil {
+			return err
+		}
+		k, a, err := parseAddressKey(r.Key)
+		if err != nil {
+			return err
+		}
+		p := pools[k]
+		if p == nil {
+			orphans[k] = true
+			continue
+		}
+		p.taken.add(a)
+		if rec.Kind == kindGateway {
+			p.gateways[a] = r.Rev
+		}
+		// Revisions grow, so the highest is the address chosen last.
+		if rec.Kind == kindAuto && r.Rev > newest[p] {
+			newest[p], p.cursor = r.Rev, a.Next()
+		}
+	}
+	for k := range orphans { // the process died while it released the pool
+		if err := i.store.DeletePrefix(ctx, k.addresses()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// decode reads a record of the one version that there is.
+func decode(key string, value []byte, into any, version *int) error {
+	if err := json.Unmarshal(value, into); err != nil {
+		return fmt.Errorf("record %s: %w", key, err)
+	}
+	if *version != recordVersion {
+		return fmt.Errorf("record %s has version %d and this version of weft knows only %d: use the version that wrote it", key, *version, recordVersion)
+	}
+	return nil
+}

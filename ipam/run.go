@@ -1,0 +1,95 @@
+package ipam
+
+import (
+	"context"
+	"net/netip"
+	"time"
+)
+
+// cleanup is something that has to go and could not be deleted for certain.
+type cleanup struct {
+	pool *pool
+	addr netip.Addr // zero: the whole pool
+	busy *busy      // of the address
+}
+
+const (
+	retryEvery     = time.Second
+	cleanupTimeout = 10 * time.Second
+)
+
+// later puts something on the list of Run. It may be called with a pool's
+// lock held.
+func (i *IPAM) later(c cleanup) {
+	i.queueMu.Lock()
+	i.queue = append(i.queue, c)
+	i.queueMu.Unlock()
+	select {
+	case i.wake <- struct{}{}:
+	default: // it is awake already
+	}
+}
+
+// Run frees addresses and pools that could not be freed when they should have
+// been, because the disk hung, failed or was full. It ends with ctx and returns
+// nil. Without it nothing breaks, but those addresses stay taken.
+func (i *IPAM) Run(ctx context.Context) error {
+	for {
+		select {
+		case <-i.wake:
+		case <-ctx.Done():
+			return nil
+		}
+		for i.settle(ctx) > 0 {
+			t := time.NewTimer(retryEvery)
+			select {
+			case <-t.C:
+			case <-ctx.Done():
+				t.Stop()
+				return nil
+			}
+		}
+	}
+}
+
+// settle tries everything on the list once and returns how much is left.
+func (i *IPAM) settle(ctx context.Context) int {
+	i.queueMu.Lock()
+	todo := i.queue
+	i.queue = nil
+	i.queueMu.Unlock()
+	for _, c := range todo {
+		ctx, cancel := context.WithTimeout(ctx, cleanupTimeout)
+		if err := i.settleOne(ctx, c); err != nil {
+			i.log.WithField("pool", c.pool.prefix.String()).WithError(err).Debug("still cannot be freed, will try again")
+		}
+		cancel()
+	}
+	i.queueMu.Lock()
+	defer i.queueMu.Unlock()
+	return len(i.queue)
+}
+
+func (i *IPAM) settleOne(ctx context.Context, c cleanup) error {
+	if !c.addr.IsValid() {
+		release, err := i.change(ctx)
+		if err == nil {
+			defer release()
+			err = i.drop(ctx, c.pool)
+		}
+		if err != nil {
+			i.later(c)
+		}
+		return err
+	}
+	p := c.pool
+	p.mu.Lock()
+	if p.closed || p.busy[c.addr] != c.busy {
+		p.mu.Unlock()
+		return nil // gone with its pool, or somebody has taken the address over
+	}
+	b := &busy{done: make(chan struct{})}
+	p.busy[c.addr] = b
+	p.mu.Unlock()
+	return i.free(ctx, p, c.addr, b)
+}
