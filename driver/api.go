@@ -1,0 +1,309 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
+
+	wire "github.com/docker/go-plugins-helpers/network"
+
+	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/plugin"
+)
+
+// Capabilities is the answer to plugin.PathNetworkCapabilities. It is given
+// before there is a Driver. Connectivity is local as with the built-in bridge:
+// the engine would otherwise answer names on other nodes with addresses that
+// cannot be reached from there.
+var Capabilities = plugin.NetworkCapabilities{
+	CapabilitiesResponse: wire.CapabilitiesResponse{Scope: wire.LocalScope, ConnectivityScope: wire.LocalScope},
+	GwAllocChecker:       true,
+}
+
+// Register makes m answer the calls of a network driver, but for its
+// capabilities.
+func (d *Driver) Register(m *plugin.Mux) {
+	plugin.Handle(m, plugin.PathGwAllocCheck, d.gwAllocCheck)
+	plugin.Handle(m, plugin.PathAllocateNetwork, d.allocateNetwork)
+	plugin.Handle(m, plugin.PathFreeNetwork, accept[wire.FreeNetworkRequest])
+	plugin.Handle(m, plugin.PathCreateNetwork, d.handleCreateNetwork)
+	plugin.Handle(m, plugin.PathDeleteNetwork, d.handleDeleteNetwork)
+	plugin.Handle(m, plugin.PathCreateEndpoint, d.handleCreateEndpoint)
+	plugin.Handle(m, plugin.PathDeleteEndpoint, d.handleDeleteEndpoint)
+	plugin.Handle(m, plugin.PathEndpointOperInfo, d.endpointInfo)
+	plugin.Handle(m, plugin.PathJoin, d.handleJoin)
+	plugin.Handle(m, plugin.PathLeave, d.handleLeave)
+	plugin.Handle(m, plugin.PathProgramExternal, d.handleProgram)
+	plugin.Handle(m, plugin.PathRevokeExternal, d.handleRevoke)
+	plugin.Handle(m, plugin.PathDiscoverNew, accept[plugin.DiscoveryNotification])
+	plugin.Handle(m, plugin.PathDiscoverDelete, accept[plugin.DiscoveryNotification])
+}
+
+// accept answers calls that concern only drivers of other scopes.
+func accept[Req any](context.Context, Req) (plugin.Empty, error) { return plugin.Empty{}, nil }
+
+func (d *Driver) modes() []string { return slices.Collect(maps.Keys(d.backends)) }
+
+func (d *Driver) gwAllocCheck(_ context.Context, req plugin.GwAllocCheckRequest) (plugin.GwAllocCheckResponse, error) {
+	n, err := parseNetworkOptions(req.Options, d.modes())
+	if err != nil {
+		return plugin.GwAllocCheckResponse{}, err
+	}
+	return plugin.GwAllocCheckResponse{SkipIPv4: n.skipGateway(ipv4), SkipIPv6: n.skipGateway(ipv6)}, nil
+}
+
+// skipGateway reports whether nobody would use a gateway address: neither the
+// bridge, by which the host reaches its containers, nor the containers.
+func (n Network) skipGateway(f family) bool {
+	o := n.Options
+	noRoute := n.Internal || o.Egress == EgressNone || o.Egress == EgressEngine
+	noAddress := o.Bridge != "" || f == ipv4 && o.InhibitIPv4
+	return o.gateway(f) == GatewayIsolated || noRoute && noAddress
+}
+
+func (d *Driver) allocateNetwork(context.Context, wire.AllocateNetworkRequest) (wire.AllocateNetworkResponse, error) {
+	return wire.AllocateNetworkResponse{}, errors.New("this driver's networks are local to a node: make them with --scope swarm from a --config-only network on each node")
+}
+
+func (d *Driver) handleCreateNetwork(ctx context.Context, req wire.CreateNetworkRequest) (plugin.Empty, error) {
+	if err := checkID("network", req.NetworkID); err != nil {
+		return plugin.Empty{}, err
+	}
+	n, err := parseNetworkOptions(req.Options, d.modes())
+	if err != nil {
+		return plugin.Empty{}, err
+	}
+	n.ID = req.NetworkID
+	for _, data := range slices.Concat(req.IPv4Data, req.IPv6Data) {
+		s, ok, err := parseSubnet(data)
+		if err != nil {
+			return plugin.Empty{}, err
+		}
+		if ok {
+			n.Subnets = append(n.Subnets, s)
+		}
+	}
+	return plugin.Empty{}, d.createNetwork(ctx, n)
+}
+
+// parseSubnet reads one pool. ok is false for the pool 0.0.0.0/0 of the null
+// IPAM driver, which means that nobody hands out addresses.
+func parseSubnet(data *wire.IPAMData) (s Subnet, ok bool, err error) {
+	if data == nil {
+		return s, false, nil
+	}
+	if s.Pool, err = netip.ParsePrefix(data.Pool); err != nil || s.Pool != s.Pool.Masked() || s.Pool.Addr().Is4In6() {
+		return s, false, fmt.Errorf("subnet %q is not one", clip(data.Pool))
+	}
+	if s.Pool.Bits() == 0 {
+		return s, false, nil
+	}
+	if data.Gateway != "" {
+		if s.Gateway, err = netip.ParsePrefix(data.Gateway); err != nil || !s.Pool.Contains(s.Gateway.Addr()) {
+			return s, false, fmt.Errorf("gateway %q is not an address, with its mask, of subnet %s", clip(data.Gateway), s.Pool)
+		}
+	}
+	for name, v := range data.AuxAddresses {
+		text, _ := v.(string)
+		p, err := netip.ParsePrefix(text)
+		if err != nil {
+			return s, false, fmt.Errorf("auxiliary address %s: %q is not an address with its mask", clip(name), clip(text))
+		}
+		if s.Aux == nil {
+			s.Aux = map[string]netip.Prefix{}
+		}
+		s.Aux[name] = p
+	}
+	return s, true, nil
+}
+
+func (d *Driver) handleDeleteNetwork(ctx context.Context, req wire.DeleteNetworkRequest) (plugin.Empty, error) {
+	if err := checkID("network", req.NetworkID); err != nil {
+		return plugin.Empty{}, err
+	}
+	return plugin.Empty{}, d.deleteNetwork(ctx, req.NetworkID)
+}
+
+func (d *Driver) handleCreateEndpoint(ctx context.Context, req wire.CreateEndpointRequest) (wire.CreateEndpointResponse, error) {
+	var resp wire.CreateEndpointResponse
+	if err := checkIDs(req.NetworkID, req.EndpointID); err != nil {
+		return resp, err
+	}
+	n, unlock := d.find(req.NetworkID)
+	defer unlock()
+	if n == nil {
+		return resp, unknownNetwork(req.NetworkID)
+	}
+	if err := parseEndpointOptions(n.rec.Mode, req.Options); err != nil {
+		return resp, err
+	}
+	rec, err := parseInterface(n.rec, req)
+	if err != nil {
+		return resp, err
+	}
+	resp.Interface = &wire.EndpointInterface{}
+	if rec.MAC == (datapath.MAC{}) {
+		// What the engine sent filled must come back empty.
+		rec.MAC = endpointMAC(rec.ID, rec.Addrs)
+		resp.Interface.MacAddress = rec.MAC.String()
+	}
+	return resp, d.createEndpoint(ctx, n, rec)
+}
+
+// parseInterface reads what the engine has decided about an endpoint. The MAC
+// stays zero where that is left to us.
+func parseInterface(n Network, req wire.CreateEndpointRequest) (Endpoint, error) {
+	e := Endpoint{Version: recordVersion, ID: req.EndpointID, Network: n.ID}
+	if req.Interface == nil {
+		return e, nil
+	}
+	for i, text := range []string{req.Interface.Address, req.Interface.AddressIPv6} {
+		if text == "" {
+			continue
+		}
+		p, err := netip.ParsePrefix(text)
+		if err != nil || !families[i].of(p.Addr()) || p.Addr().Is4In6() {
+			return e, fmt.Errorf("%q is not an IPv%d address with its mask", clip(text), families[i])
+		}
+		if _, ok := n.subnet(p.Addr()); !ok {
+			return e, fmt.Errorf("address %s is in none of the network's subnets (%s)", p.Addr(), pools(n))
+		}
+		e.Addrs = append(e.Addrs, p)
+	}
+	if text := req.Interface.MacAddress; text != "" {
+		hw, err := net.ParseMAC(text)
+		if err != nil || len(hw) != len(e.MAC) || hw[0]&1 != 0 || datapath.MAC(hw) == (datapath.MAC{}) {
+			return e, fmt.Errorf("%q is not the MAC address of one interface", clip(text))
+		}
+		e.MAC = datapath.MAC(hw)
+	}
+	return e, nil
+}
+
+func (d *Driver) handleDeleteEndpoint(ctx context.Context, req wire.DeleteEndpointRequest) (plugin.Empty, error) {
+	if err := checkIDs(req.NetworkID, req.EndpointID); err != nil {
+		return plugin.Empty{}, err
+	}
+	n, unlock := d.find(req.NetworkID)
+	defer unlock()
+	if n == nil {
+		return plugin.Empty{}, nil
+	}
+	d.mu.Lock()
+	e := n.endpoints[req.EndpointID]
+	d.mu.Unlock()
+	if e == nil {
+		return plugin.Empty{}, nil
+	}
+	return plugin.Empty{}, d.finish(ctx, n, e)
+}
+
+// endpointInfo is answered at once: the engine asks once for every endpoint of
+// a container while that starts, and does nothing with the answer.
+func (d *Driver) endpointInfo(_ context.Context, req wire.InfoRequest) (plugin.EndpointInfoResponse, error) {
+	return plugin.EndpointInfoResponse{Value: map[string]any{}}, checkIDs(req.NetworkID, req.EndpointID)
+}
+
+func (d *Driver) handleJoin(ctx context.Context, req wire.JoinRequest) (plugin.JoinResponse, error) {
+	var resp plugin.JoinResponse
+	err := d.use(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
+		if e.rec.Left || e.gone {
+			if err := d.revive(ctx, n, e); err != nil {
+				return err
+			}
+		}
+		d.mu.Lock()
+		e.joined = true
+		d.mu.Unlock()
+		resp = joinResponse(d.backends[n.rec.Mode].Attach(n.rec, e.rec))
+		return nil
+	})
+	return resp, err
+}
+
+func joinResponse(at Attachment) plugin.JoinResponse {
+	var resp plugin.JoinResponse
+	if at.Link != "" {
+		resp.InterfaceName = &wire.InterfaceName{SrcName: at.Link, DstPrefix: at.Prefix}
+	}
+	for _, g := range at.Gateways {
+		if g.Is4() {
+			resp.Gateway = g.String()
+		} else {
+			resp.GatewayIPv6 = g.String()
+		}
+	}
+	for _, r := range at.Routes {
+		route := &wire.StaticRoute{Destination: r.Destination.String(), RouteType: plugin.RouteConnected}
+		if r.NextHop.IsValid() {
+			route.RouteType, route.NextHop = plugin.RouteNextHop, r.NextHop.String()
+		}
+		resp.StaticRoutes = append(resp.StaticRoutes, route)
+	}
+	resp.DisableGatewayService = at.NoGateway
+	return resp
+}
+
+func (d *Driver) handleLeave(ctx context.Context, req wire.LeaveRequest) (plugin.Empty, error) {
+	return plugin.Empty{}, d.end(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
+		return d.leave(ctx, n, e)
+	})
+}
+
+func (d *Driver) handleProgram(ctx context.Context, req wire.ProgramExternalConnectivityRequest) (plugin.Empty, error) {
+	return plugin.Empty{}, d.use(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
+		return d.program(ctx, n, e, req.Options)
+	})
+}
+
+func (d *Driver) handleRevoke(ctx context.Context, req wire.RevokeExternalConnectivityRequest) (plugin.Empty, error) {
+	return plugin.Empty{}, d.end(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
+		return d.revoke(ctx, n, e)
+	})
+}
+
+// errUnknown is wrapped where a call needs a network or endpoint that is not
+// there.
+var errUnknown = errors.New("is not known")
+
+func unknownNetwork(id string) error {
+	return fmt.Errorf("network %s %w to this plugin: remove it and create it again", short(id), errUnknown)
+}
+
+// use runs f with an endpoint locked; it has to be there.
+func (d *Driver) use(networkID, endpointID string, f func(*network, *endpoint) error) error {
+	if err := checkIDs(networkID, endpointID); err != nil {
+		return err
+	}
+	n, unlock := d.find(networkID)
+	defer unlock()
+	if n == nil {
+		return unknownNetwork(networkID)
+	}
+	e := d.lock(n, endpointID)
+	if e == nil {
+		return fmt.Errorf("endpoint %s %w on network %s: connect the container again", short(endpointID), errUnknown, short(networkID))
+	}
+	defer e.mu.Unlock()
+	return f(n, e)
+}
+
+// end is use for calls that undo something: what is not there needs no undoing.
+func (d *Driver) end(networkID, endpointID string, f func(*network, *endpoint) error) error {
+	err := d.use(networkID, endpointID, f)
+	if errors.Is(err, errUnknown) {
+		return nil
+	}
+	return err
+}
+
+func checkIDs(networkID, endpointID string) error {
+	if err := checkID("network", networkID); err != nil {
+		return err
+	}
+	return checkID("endpoint", endpointID)
+}

@@ -1,0 +1,493 @@
+package driver
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/sirupsen/logrus"
+
+	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/store"
+)
+
+// records is what the driver needs of a store.
+type records interface {
+	List(ctx context.Context, prefix string) ([]store.Record, error)
+	Get(ctx context.Context, key string) (store.Record, error)
+	Put(ctx context.Context, r store.Record) (store.Record, error)
+	Delete(ctx context.Context, key string) error
+}
+
+// kernel is what the driver needs of the kernel.
+type kernel interface {
+	Ensure(ctx context.Context, s datapath.State) ([]string, error)
+	Remove(ctx context.Context, s datapath.State) error
+	Owned(ctx context.Context) (datapath.State, error)
+	Reserve(ctx context.Context, r datapath.PortRequest) (uint16, error)
+}
+
+// Config is what New needs; all of it.
+type Config struct {
+	// Networks survives a reboot, Endpoints need not.
+	Networks, Endpoints records
+	Kernel              kernel
+	Backends            map[string]Backend // by the value of -o mode=
+	// PathMTU is the MTU of networks that are given none.
+	PathMTU func(context.Context) (int, error)
+	Log     logrus.FieldLogger
+}
+
+// Driver is the network driver. See the package's comment for its locks.
+type Driver struct {
+	nets, eps records
+	kernel    kernel
+	backends  map[string]Backend
+	pathMTU   func(context.Context) (int, error)
+	log       logrus.FieldLogger
+	now       func() time.Time
+	started   time.Time
+
+	hooked atomic.Bool // see firstEndpoint
+
+	pass   sync.Mutex // one Reconcile at a time
+	change sync.Mutex // networks come and go, and repair
+
+	mu       sync.Mutex // over networks, all that hangs on it but the locks, and drift
+	networks map[string]*network
+	drift    Drift
+}
+
+type network struct {
+	mu        sync.RWMutex
+	rec       Network
+	rev       uint64
+	endpoints map[string]*endpoint
+	// holders has who last claimed an address or a link name.
+	holders map[string]*endpoint
+	doomed  bool // to be deleted; wanted by nobody
+}
+
+func newNetwork(rec Network) *network {
+	return &network{rec: rec, endpoints: map[string]*endpoint{}, holders: map[string]*endpoint{}}
+}
+
+type endpoint struct {
+	mu  sync.Mutex
+	rec Endpoint
+	rev uint64
+
+	doomed  bool // to be deleted; wanted by nobody
+	gone    bool // its link vanished, and with it the container's end
+	unsaved bool // the store may not hold rec
+	loaded  bool // read from the store by this process, not made by it
+	joined  bool // Join was answered by this process
+}
+
+// New returns a Driver that knows nothing yet; Recover tells it.
+func New(c Config) (*Driver, error) {
+	switch {
+	case c.Networks == nil || c.Endpoints == nil:
+		return nil, errors.New("network driver: a store is missing")
+	case c.Kernel == nil:
+		return nil, errors.New("network driver: the kernel is missing")
+	case len(c.Backends) == 0:
+		return nil, errors.New("network driver: there is no mode")
+	case c.PathMTU == nil || c.Log == nil:
+		return nil, errors.New("network driver: PathMTU and Log must be set")
+	}
+	return &Driver{
+		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, pathMTU: c.PathMTU, log: c.Log,
+		now: time.Now, started: time.Now(), networks: map[string]*network{},
+	}, nil
+}
+
+// cleanupTime is what undoing gets after the call that failed ran out of time.
+const cleanupTime = 5 * time.Second
+
+// cleanup is a context for work that has to be done although the call ended.
+func cleanup(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeout(context.WithoutCancel(ctx), cleanupTime)
+}
+
+// join is errors.Join on one line, as the engine shows it.
+func join(cause error, more ...error) error {
+	for _, err := range more {
+		switch {
+		case err == nil:
+		case cause == nil:
+			cause = err
+		default:
+			cause = fmt.Errorf("%w; then %w", cause, err)
+		}
+	}
+	return cause
+}
+
+// put writes a record. Nobody else writes ours, so a revision that is not the
+// one expected comes from a write of our own whose outcome was not known.
+func put(ctx context.Context, s records, key string, v any, rev uint64) (uint64, error) {
+	value, err := json.Marshal(v)
+	if err != nil {
+		return 0, fmt.Errorf("encode %s: %w", key, err)
+	}
+	r, err := s.Put(ctx, store.Record{Key: key, Value: value, Rev: rev})
+	if errors.Is(err, store.ErrExists) || errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNotFound) {
+		found, gerr := s.Get(ctx, key)
+		if gerr != nil && !errors.Is(gerr, store.ErrNotFound) {
+			return 0, gerr
+		}
+		r, err = s.Put(ctx, store.Record{Key: key, Value: value, Rev: found.Rev})
+	}
+	return r.Rev, err
+}
+
+// networkState is what a network means in the kernel, endpointState what one of its
+// endpoints adds. Neither asks for what is marked as not there.
+func (d *Driver) networkState(n *network) datapath.State {
+	return d.backends[n.rec.Mode].Network(n.rec)
+}
+
+func (d *Driver) endpointState(n *network, e *endpoint) datapath.State {
+	if e.rec.Left || e.gone {
+		return datapath.State{}
+	}
+	return d.backends[n.rec.Mode].Endpoint(n.rec, e.rec)
+}
+
+// find returns a network by its ID, or nil, and what unlocks it: it is locked
+// for reading.
+func (d *Driver) find(id string) (n *network, unlock func()) {
+	d.mu.Lock()
+	n = d.networks[id]
+	d.mu.Unlock()
+	if n == nil {
+		return nil, func() {}
+	}
+	n.mu.RLock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.networks[id] != n || n.doomed { // deleted while we waited
+		n.mu.RUnlock()
+		return nil, func() {}
+	}
+	return n, n.mu.RUnlock
+}
+
+// lock returns an endpoint of a network that is locked for reading, or nil. The
+// endpoint is locked.
+func (d *Driver) lock(n *network, id string) *endpoint {
+	d.mu.Lock()
+	e := n.endpoints[id]
+	d.mu.Unlock()
+	if e == nil {
+		return nil
+	}
+	e.mu.Lock()
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if n.endpoints[id] != e || e.doomed {
+		e.mu.Unlock()
+		return nil
+	}
+	return e
+}
+
+// createNetwork makes n, or takes it up again if it is there with the same
+// settings: swarm repeats the call after a crash, without having deleted the
+// endpoints of before.
+func (d *Driver) createNetwork(ctx context.Context, rec Network) error {
+	d.change.Lock()
+	defer d.change.Unlock()
+	old := d.networks[rec.ID] // change is held: the table stands still
+	if old != nil && old.doomed {
+		if err := d.finishNetwork(ctx, old); err != nil {
+			return fmt.Errorf("the network of that id is still being deleted: %w", err)
+		}
+		old = nil
+	}
+	if err := d.complete(ctx, &rec, old); err != nil {
+		return err
+	}
+	if old != nil {
+		return d.readopt(ctx, old, rec)
+	}
+	if err := d.checkOthers(ctx, rec); err != nil {
+		return err
+	}
+	rec.Created, rec.Pending = d.now().UTC(), true
+	n := newNetwork(rec)
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	d.mu.Lock()
+	d.networks[rec.ID] = n
+	d.mu.Unlock()
+	if err := d.make(ctx, n); err != nil {
+		ctx, cancel := cleanup(ctx)
+		defer cancel()
+		return join(err, d.removeNetwork(ctx, n))
+	}
+	return nil
+}
+
+// make writes a new network, makes it, and marks it as made.
+func (d *Driver) make(ctx context.Context, n *network) error {
+	if err := d.saveNetwork(ctx, n, n.rec); err != nil {
+		return err
+	}
+	if _, err := d.kernel.Ensure(ctx, d.networkState(n)); err != nil {
+		return err
+	}
+	rec := n.rec
+	rec.Pending = false
+	if err := d.saveNetwork(ctx, n, rec); err != nil {
+		return err
+	}
+	return ctx.Err() // the engine was told that it failed, and never deletes it
+}
+
+func (d *Driver) saveNetwork(ctx context.Context, n *network, rec Network) error {
+	rev, err := put(ctx, d.nets, networkKey(rec.ID), rec, n.rev)
+	if err != nil {
+		return err
+	}
+	d.mu.Lock()
+	n.rec, n.rev = rec, rev
+	d.mu.Unlock()
+	return nil
+}
+
+// complete fills in what the request leaves open. old is the network of the
+// same ID, if there is one.
+func (d *Driver) complete(ctx context.Context, rec *Network, old *network) error {
+	switch {
+	case rec.Options.MTU != 0:
+		rec.MTU = rec.Options.MTU
+	case old != nil:
+		rec.MTU = old.rec.MTU // the path may have changed since
+	default:
+		mtu, err := d.pathMTU(ctx)
+		if err != nil {
+			return fmt.Errorf("find the MTU of the way out: %w: give one with -o mtu=1500", err)
+		}
+		rec.MTU = mtu
+	}
+	if err := d.adoptBridge(ctx, rec, old); err != nil {
+		return err
+	}
+	return d.backends[rec.Mode].Validate(rec)
+}
+
+// adoptBridge tells a bridge.name that somebody else's bridge has from one that is
+// to be made. The built-in driver uses the former too.
+func (d *Driver) adoptBridge(ctx context.Context, rec *Network, old *network) error {
+	name := rec.Options.BridgeName
+	if name == "" || rec.Options.Bridge != "" {
+		return nil
+	}
+	if old == nil {
+		if _, err := d.kernel.Ensure(ctx, datapath.State{Bridges: []datapath.Bridge{{Name: name, Existing: true}}}); err != nil {
+			return nil //nolint:nilerr // it is not there yet, or making it will say what is wrong
+		}
+		have, err := d.kernel.Owned(ctx)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(have.Bridges, func(b datapath.Bridge) bool { return b.Name == name }) {
+			return nil
+		}
+		d.log.WithField("network", rec.ID).Infof("bridge %s exists already: used as it is", name)
+	} else if old.rec.Options.Bridge != name {
+		return nil
+	}
+	rec.Options.Bridge, rec.Options.BridgeName = name, ""
+	return nil
+}
+
+// readopt takes up a network again and sweeps its endpoints.
+func (d *Driver) readopt(ctx context.Context, n *network, rec Network) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	rec.Created = n.rec.Created
+	if !equal(rec, n.rec) {
+		return fmt.Errorf("network %s exists already with other settings", short(rec.ID))
+	}
+	if err := d.sweep(ctx, n); err != nil {
+		return err
+	}
+	_, err := d.kernel.Ensure(ctx, d.networkState(n))
+	return err
+}
+
+// equal compares records as the store would see them.
+func equal(a, b any) bool {
+	x, errX := json.Marshal(a)
+	y, errY := json.Marshal(b)
+	return errX == nil && errY == nil && string(x) == string(y)
+}
+
+// checkOthers refuses a network that would get in the way of another, or of
+// itself.
+func (d *Driver) checkOthers(ctx context.Context, rec Network) error {
+	for i, s := range rec.Subnets {
+		for _, t := range rec.Subnets[:i] {
+			if s.Pool.Overlaps(t.Pool) {
+				return fmt.Errorf("subnets %s and %s overlap", t.Pool, s.Pool)
+			}
+		}
+	}
+	for _, o := range slices.Collect(maps.Values(d.networks)) {
+		err := d.inTheWay(rec, o)
+		if err == nil || o.doomed {
+			continue
+		}
+		if !d.abandoned(o) {
+			return err
+		}
+		d.log.WithField("network", o.rec.ID).Warn("forgotten: the engine never used it, and asks for its place again")
+		if err := d.finishNetwork(ctx, o); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// inTheWay says why rec cannot be beside o, if it cannot.
+func (d *Driver) inTheWay(rec Network, o *network) error {
+	for _, s := range rec.Subnets {
+		for _, t := range o.rec.Subnets {
+			if s.Pool.Overlaps(t.Pool) {
+				return fmt.Errorf("subnet %s overlaps with one of network %s", s.Pool, short(o.rec.ID))
+			}
+		}
+	}
+	for _, b := range d.backends[rec.Mode].Network(rec).Bridges {
+		for _, other := range d.networkState(o).Bridges {
+			if b.Name == other.Name && (!b.Existing || !other.Existing) {
+				return fmt.Errorf("bridge %s belongs to network %s", b.Name, short(o.rec.ID))
+			}
+		}
+	}
+	return nil
+}
+
+// answerTime bounds a call, and so how long before our start a network was made
+// whose maker died before the engine heard of it.
+const answerTime = 10 * time.Second
+
+// abandoned reports whether the engine may not know o: the process that made
+// it ended about then, and nothing has used it since. After such a call the
+// engine takes back only the addresses. That somebody was given o's subnet
+// again, or names its bridge again, is what tells that it has no such network.
+func (d *Driver) abandoned(o *network) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(o.endpoints) == 0 && o.rec.Created.Before(d.started) && d.started.Sub(o.rec.Created) < answerTime
+}
+
+// deleteNetwork forgets a network and all that is left of its endpoints.
+func (d *Driver) deleteNetwork(ctx context.Context, id string) error {
+	d.change.Lock()
+	defer d.change.Unlock()
+	n := d.networks[id] // change is held: the table stands still
+	if n == nil {
+		return nil
+	}
+	return d.finishNetwork(ctx, n)
+}
+
+// finishNetwork is removeNetwork with the network's lock. change is held.
+func (d *Driver) finishNetwork(ctx context.Context, n *network) error {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return d.removeNetwork(ctx, n)
+}
+
+// removeNetwork needs change and the network's lock.
+func (d *Driver) removeNetwork(ctx context.Context, n *network) error {
+	d.mu.Lock()
+	n.doomed = true
+	d.mu.Unlock()
+	if err := d.sweep(ctx, n); err != nil {
+		return err
+	}
+	var others datapath.State
+	for _, o := range d.networks {
+		if !o.doomed {
+			others.Add(d.networkState(o))
+		}
+	}
+	if err := d.kernel.Remove(ctx, without(d.networkState(n), others)); err != nil {
+		return err
+	}
+	if err := d.nets.Delete(ctx, networkKey(n.rec.ID)); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	delete(d.networks, n.rec.ID)
+	d.mu.Unlock()
+	return nil
+}
+
+// sweep deletes all endpoints of a network, whose lock is held for writing. The
+// links go in one call: the kernel lets each wait, but side by side.
+func (d *Driver) sweep(ctx context.Context, n *network) error {
+	var all datapath.State
+	d.mu.Lock()
+	list := slices.Collect(maps.Values(n.endpoints))
+	for _, e := range list {
+		e.doomed = true
+		all.Add(d.endpointState(n, e))
+	}
+	d.mu.Unlock()
+	if len(list) == 0 {
+		return nil
+	}
+	if err := d.kernel.Remove(ctx, without(all, datapath.State{})); err != nil {
+		return err
+	}
+	for _, e := range list {
+		if err := d.forget(ctx, n, e); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// forget deletes the record of an endpoint that has nothing left in the kernel.
+func (d *Driver) forget(ctx context.Context, n *network, e *endpoint) error {
+	if err := d.eps.Delete(ctx, endpointKey(n.rec.ID, e.rec.ID)); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	n.strike(e)
+	d.mu.Unlock()
+	return nil
+}
+
+// Subnet returns a network that has a subnet which overlaps with p.
+func (d *Driver) Subnet(p netip.Prefix) (networkID string, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for id, n := range d.networks {
+		if n.doomed {
+			continue
+		}
+		for _, s := range n.rec.Subnets {
+			if s.Pool.Overlaps(p) {
+				return id, true
+			}
+		}
+	}
+	return "", false
+}
+
+// short is an ID as the engine prints it.
+func short(id string) string { return id[:min(len(id), 12)] }

@@ -1,0 +1,397 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/store"
+)
+
+// errFault is what an armed fault returns.
+var errFault = errors.New("fault for the test")
+
+// faults counts the calls to the kernel and the stores and lets one of them
+// fail.
+type faults struct {
+	mu    sync.Mutex
+	count int
+	at    int  // the call that fails, from 1; 0 is none
+	late  bool // it fails after its work, or half of it, was done
+	fired bool
+	dead  bool // and so does everything after it
+}
+
+func (f *faults) arm(at int, late bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.count, f.at, f.late, f.fired = 0, at, late, false
+}
+
+// step says whether this call fails before or after its work.
+func (f *faults) step() (early, late bool) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.count++
+	if f.dead && f.at > 0 && f.count > f.at {
+		return true, false
+	}
+	if f.count != f.at {
+		return false, false
+	}
+	f.fired = true
+	return !f.late, f.late
+}
+
+// faultyStore is a real store whose calls may fail.
+type faultyStore struct {
+	*store.Bolt
+	faults *faults
+}
+
+func (s faultyStore) Put(ctx context.Context, r store.Record) (store.Record, error) {
+	early, late := s.faults.step()
+	if early {
+		return store.Record{}, errFault
+	}
+	out, err := s.Bolt.Put(ctx, r)
+	if late && err == nil {
+		return store.Record{}, fmt.Errorf("%w: %w", errFault, store.ErrUncertain)
+	}
+	return out, err
+}
+
+func (s faultyStore) Delete(ctx context.Context, key string) error {
+	early, late := s.faults.step()
+	if early {
+		return errFault
+	}
+	err := s.Bolt.Delete(ctx, key)
+	if late && err == nil {
+		return fmt.Errorf("%w: %w", errFault, store.ErrUncertain)
+	}
+	return err
+}
+
+// fakeKernel holds a State as the kernel would.
+type fakeKernel struct {
+	faults *faults
+
+	mu       sync.Mutex
+	bridges  map[string]datapath.Bridge
+	veths    map[string]datapath.Veth
+	home     map[string]bool // veths whose peer is in the host's namespace
+	elements map[datapath.Element]datapath.Element
+	sockets  map[datapath.Socket]datapath.Socket // by key; the zero To is a reservation
+	forward4 bool
+	forward6 bool
+	hook     bool
+
+	foreign map[string]bool         // bridges of others
+	taken   map[netip.AddrPort]bool // ports of others
+	broken  error                   // what Owned returns
+	wait    func()                  // run in every Remove of a veth
+	made    map[string]int          // how often each veth was made
+	seen    func(s datapath.State)  // told every Ensure
+}
+
+func newFakeKernel(f *faults) *fakeKernel {
+	return &fakeKernel{
+		faults: f, bridges: map[string]datapath.Bridge{}, veths: map[string]datapath.Veth{}, home: map[string]bool{},
+		elements: map[datapath.Element]datapath.Element{}, sockets: map[datapath.Socket]datapath.Socket{},
+		foreign: map[string]bool{}, taken: map[netip.AddrPort]bool{}, made: map[string]int{},
+	}
+}
+
+func (k *fakeKernel) Ensure(ctx context.Context, s datapath.State) ([]string, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	early, late := k.faults.step()
+	if early {
+		return nil, errFault
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.seen != nil {
+		k.seen(s)
+	}
+	var made datapath.State
+	lines, err := k.ensure(s, &made)
+	if late && err == nil {
+		err = errFault
+	}
+	if err != nil {
+		k.remove(made)
+		return nil, err
+	}
+	return lines, nil
+}
+
+func (k *fakeKernel) ensure(s datapath.State, made *datapath.State) (lines []string, err error) {
+	say := func(x any) { lines = append(lines, fmt.Sprint(x)) }
+	for _, b := range s.Bridges {
+		have, ok := k.bridges[b.Name]
+		switch {
+		case b.Existing && !ok && !k.foreign[b.Name]:
+			return nil, fmt.Errorf("bridge %s does not exist", b.Name)
+		case b.Existing:
+		case k.foreign[b.Name]:
+			return nil, fmt.Errorf("bridge %s exists and is not ours", b.Name)
+		case !ok:
+			k.bridges[b.Name] = b
+			made.Bridges = append(made.Bridges, b)
+			say(b)
+		case !(datapath.State{Bridges: []datapath.Bridge{b}}).Minus(datapath.State{Bridges: []datapath.Bridge{have}}).Empty():
+			k.bridges[b.Name] = b
+			say(b)
+		}
+	}
+	for _, v := range s.Veths {
+		if _, ours := k.bridges[v.Master]; !ours && !k.foreign[v.Master] {
+			return nil, fmt.Errorf("create veth %s: bridge %s does not exist", v.Name, v.Master)
+		}
+		have, ok := k.veths[v.Name]
+		if !ok {
+			k.home[v.Name] = true
+			k.made[v.Name]++
+			made.Veths = append(made.Veths, v)
+		}
+		have.Peer, have.PeerMAC = v.Peer, v.PeerMAC
+		if have != v {
+			k.veths[v.Name] = v
+			say(v)
+		}
+	}
+	for _, x := range s.Sockets {
+		have, ok := k.sockets[socketKey(x)]
+		if ok && have.To.IsValid() && have.To != x.To {
+			return nil, fmt.Errorf("%s is already published for %s", x.Host, have.To)
+		}
+		if !ok && k.taken[x.Host] {
+			return nil, fmt.Errorf("port %s is in use by another program", x.Host)
+		}
+		if have != x {
+			k.sockets[socketKey(x)] = x
+			made.Sockets = append(made.Sockets, x)
+			say(x)
+		}
+	}
+	for _, e := range s.Elements {
+		have, ok := k.elements[elementKey(e)]
+		if ok && have != e {
+			return nil, fmt.Errorf("element %s has another value: %s", e, have)
+		}
+		if !ok {
+			k.elements[elementKey(e)] = e
+			made.Elements = append(made.Elements, e)
+			say(e)
+		}
+	}
+	if s.Forward4 && !k.forward4 || s.Forward6 && !k.forward6 {
+		say("forwarding on")
+	}
+	k.forward4, k.forward6 = k.forward4 || s.Forward4, k.forward6 || s.Forward6
+	if s.Hook && !k.hook {
+		k.hook = true
+		say("hook put in")
+	}
+	return lines, nil
+}
+
+func (k *fakeKernel) Remove(ctx context.Context, s datapath.State) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	early, late := k.faults.step()
+	if early {
+		return errFault
+	}
+	if k.wait != nil && len(s.Veths) > 0 {
+		k.wait()
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if late { // it got half-way
+		k.remove(datapath.State{Elements: s.Elements, Sockets: s.Sockets})
+		return errFault
+	}
+	for _, b := range s.Bridges {
+		if b.Existing {
+			return fmt.Errorf("bridge %s is not ours to remove", b.Name)
+		}
+	}
+	k.remove(s)
+	return nil
+}
+
+func (k *fakeKernel) remove(s datapath.State) {
+	for _, x := range s.Sockets {
+		if have := k.sockets[socketKey(x)]; !have.To.IsValid() || have.To == x.To {
+			delete(k.sockets, socketKey(x))
+		}
+	}
+	for _, e := range s.Elements {
+		if k.elements[elementKey(e)] == e {
+			delete(k.elements, elementKey(e))
+		}
+	}
+	for _, v := range s.Veths {
+		k.unlink(v.Name)
+	}
+	for _, b := range s.Bridges {
+		delete(k.bridges, b.Name)
+	}
+	if s.Hook {
+		k.hook = false
+	}
+}
+
+func (k *fakeKernel) unlink(name string) {
+	delete(k.veths, name)
+	delete(k.home, name)
+}
+
+func (k *fakeKernel) Owned(ctx context.Context) (datapath.State, error) {
+	if err := ctx.Err(); err != nil {
+		return datapath.State{}, err
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.broken != nil {
+		return datapath.State{}, k.broken
+	}
+	return k.owned(), nil
+}
+
+func (k *fakeKernel) owned() datapath.State {
+	s := datapath.State{Forward4: k.forward4, Forward6: k.forward6, Hook: k.hook}
+	for _, b := range k.bridges {
+		s.Bridges = append(s.Bridges, b)
+	}
+	for _, v := range k.veths {
+		if !k.home[v.Name] {
+			v.Peer = ""
+		}
+		v.PeerMAC = datapath.MAC{} // not to be seen from here
+		s.Veths = append(s.Veths, v)
+	}
+	for _, e := range k.elements {
+		s.Elements = append(s.Elements, e)
+	}
+	for _, x := range k.sockets {
+		if x.To.IsValid() {
+			s.Sockets = append(s.Sockets, x)
+		}
+	}
+	slices.SortFunc(s.Bridges, func(a, b datapath.Bridge) int { return compareText(a, b) })
+	slices.SortFunc(s.Veths, func(a, b datapath.Veth) int { return compareText(a, b) })
+	slices.SortFunc(s.Sockets, func(a, b datapath.Socket) int { return compareText(a, b) })
+	return s
+}
+
+func compareText(a, b fmt.Stringer) int {
+	return slices.Compare([]string{a.String()}, []string{b.String()})
+}
+
+func (k *fakeKernel) Reserve(ctx context.Context, r datapath.PortRequest) (uint16, error) {
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
+	early, late := k.faults.step()
+	if early || late {
+		return 0, errFault
+	}
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	first, last := r.First, r.Last
+	if first == 0 {
+		first, last = 32768, 60999
+	}
+	for port := int(first); port <= int(last); port++ {
+		free := !slices.ContainsFunc(r.Hosts, func(a netip.Addr) bool {
+			at := netip.AddrPortFrom(a, uint16(port))
+			_, held := k.sockets[datapath.Socket{Proto: r.Proto, Host: at}]
+			return held || k.taken[at]
+		})
+		if !free {
+			continue
+		}
+		for _, a := range r.Hosts {
+			x := datapath.Socket{Proto: r.Proto, Host: netip.AddrPortFrom(a, uint16(port))}
+			k.sockets[x] = x
+		}
+		return uint16(port), nil
+	}
+	return 0, fmt.Errorf("port %d/%s is in use by another program", r.First, r.Proto)
+}
+
+// die is the end of our process: what it held open is closed.
+func (k *fakeKernel) die() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	clear(k.sockets)
+}
+
+// reboot is the end of everything.
+func (k *fakeKernel) reboot() {
+	k.die()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	clear(k.bridges)
+	clear(k.veths)
+	clear(k.home)
+	clear(k.elements)
+	k.forward4, k.forward6, k.hook = false, false, false
+}
+
+// moveIn is what the engine does with the container's end after Join.
+func (k *fakeKernel) moveIn(host string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.home[host] = false
+}
+
+// cut deletes a link behind our back.
+func (k *fakeKernel) cut(name string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.unlink(name)
+}
+
+// text is everything that is there, as an operator would type it, and what is
+// reserved for nobody.
+func (k *fakeKernel) text() string {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	t := k.owned().String()
+	for _, x := range k.sockets {
+		if !x.To.IsValid() {
+			t += fmt.Sprintf("leaked reservation %s %s\n", x.Proto, x.Host)
+		}
+	}
+	return t
+}
+
+// clock is the time in a test.
+type clock struct {
+	mu sync.Mutex
+	at time.Time
+}
+
+func (c *clock) now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.at
+}
+
+func (c *clock) pass(d time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.at = c.at.Add(d)
+}

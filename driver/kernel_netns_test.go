@@ -1,0 +1,207 @@
+package driver
+
+import (
+	"context"
+	"io"
+	"net"
+	"net/netip"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	wire "github.com/docker/go-plugins-helpers/network"
+
+	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/netnstest"
+	"github.com/weftnet/weft/internal/plugin"
+	"github.com/weftnet/weft/internal/store"
+)
+
+// machine is a driver on a real kernel. Everything runs on the test's goroutine,
+// which is in the namespace.
+type machine struct {
+	t         *testing.T
+	d         *Driver
+	kernel    *datapath.Kernel
+	nets, eps *store.Bolt
+}
+
+func newHost(t *testing.T) *machine {
+	t.Helper()
+	dir := t.TempDir()
+	h := &machine{t: t, nets: openStore(t, filepath.Join(dir, "weft.db")), eps: openStore(t, filepath.Join(dir, "run.db"))}
+	h.start()
+	t.Cleanup(func() { h.kernel.Close() })
+	return h
+}
+
+func (h *machine) start() {
+	h.t.Helper()
+	k, err := datapath.New(datapath.Config{Log: quiet()})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	h.kernel = k
+	h.d, err = New(Config{Networks: h.nets, Endpoints: h.eps, Kernel: k, Backends: map[string]Backend{"bridge": Bridge{}},
+		PathMTU: func(context.Context) (int, error) { return 1500, nil }, Log: quiet()})
+	if err != nil {
+		h.t.Fatal(err)
+	}
+	if err := h.d.Recover(h.t.Context()); err != nil {
+		h.t.Fatal("recover:", err)
+	}
+}
+
+func (h *machine) restart() {
+	h.t.Helper()
+	h.kernel.Close()
+	h.start()
+}
+
+// idle is the invariant of every test: after any request repair changes
+// nothing.
+func (h *machine) idle(after string) {
+	h.t.Helper()
+	lines, err := h.d.Reconcile(h.t.Context())
+	if err != nil || len(lines) > 0 {
+		h.t.Errorf("after %s, reconcile: %q, %v", after, lines, err)
+	}
+}
+
+func (h *machine) ok(what string, err error) {
+	h.t.Helper()
+	if err != nil {
+		h.t.Fatalf("%s: %v", what, err)
+	}
+	h.idle(what)
+}
+
+var realPorts = map[string]any{plugin.OptionPortMap: []any{
+	map[string]any{"Proto": 6, "Port": 80, "HostIP": "", "HostPort": 8080, "HostPortEnd": 8080},
+	map[string]any{"Proto": 17, "Port": 53, "HostIP": "127.0.0.1", "HostPort": 0, "HostPortEnd": 0},
+}}
+
+// TestRealKernel is a container's life, with a restart of the plugin after
+// each call, and a connection through the published port.
+func TestRealKernel(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		generic map[string]any
+		foreign string
+	}{
+		{name: "default"},
+		{name: "no icc", generic: map[string]any{"com.docker.network.bridge.enable_icc": "false"}},
+		{name: "routed", generic: map[string]any{"com.docker.network.bridge.gateway_mode_ipv4": "routed", "com.docker.network.bridge.gateway_mode_ipv6": "routed"}},
+		{name: "all elements", generic: map[string]any{"com.docker.network.bridge.gateway_mode_ipv4": "nat-unprotected", "com.docker.network.host_ipv6": "2001:db8::9",
+			"com.docker.network.bridge.trusted_host_interfaces": "lo", "com.docker.network.bridge.name": "lan7", "mtu": "1400"}},
+		{name: "egress none", generic: map[string]any{"egress": "none"}},
+		{name: "existing", generic: map[string]any{"bridge": "br0"}, foreign: "br0"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			netnstest.Enter(t)
+			realLife(t, c.generic, c.foreign)
+		})
+	}
+}
+
+func realLife(t *testing.T, generic map[string]any, foreign string) {
+	t.Helper()
+	here := netnstest.New(t) // the container
+	if foreign != "" {
+		self(t, "ip", "link", "add", foreign, "type", "bridge")
+		self(t, "ip", "link", "set", foreign, "up")
+		self(t, "ip", "addr", "add", "10.1.0.1/24", "dev", foreign)
+	}
+	h := newHost(t)
+	ctx := t.Context()
+	_, err := h.d.handleCreateNetwork(ctx, wire.CreateNetworkRequest{
+		NetworkID: net1, Options: map[string]any{plugin.OptionGeneric: generic},
+		IPv4Data: []*wire.IPAMData{{Pool: "10.1.0.0/24", Gateway: "10.1.0.1/24"}},
+		IPv6Data: []*wire.IPAMData{{Pool: "fd00:1::/64", Gateway: "fd00:1::1/64"}},
+	})
+	h.ok("CreateNetwork", err)
+	_, err = h.d.handleCreateEndpoint(ctx, wire.CreateEndpointRequest{NetworkID: net1, EndpointID: ep1,
+		Interface: &wire.EndpointInterface{Address: "10.1.0.2/24", AddressIPv6: "fd00:1::2/64"}})
+	h.ok("CreateEndpoint", err)
+	h.restart()
+	h.idle("restart after CreateEndpoint")
+	joined, err := h.d.handleJoin(ctx, wire.JoinRequest{NetworkID: net1, EndpointID: ep1})
+	h.ok("Join", err)
+	here.Take(joined.InterfaceName.SrcName, "eth0", netip.MustParsePrefix("10.1.0.2/24"), netip.MustParsePrefix("fd00:1::2/64"))
+	h.idle("the engine's move")
+	_, err = h.d.handleProgram(ctx, wire.ProgramExternalConnectivityRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
+	h.ok("Program", err)
+	h.restart()
+	h.idle("restart after Program")
+	if joined.Gateway != "" && generic == nil {
+		here.Gateway(netip.MustParseAddr(joined.Gateway))
+		serve(t, here)
+	}
+	_, err = h.d.handleProgram(ctx, wire.ProgramExternalConnectivityRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
+	h.ok("Program again", err)
+	_, err = h.d.handleRevoke(ctx, wire.RevokeExternalConnectivityRequest{NetworkID: net1, EndpointID: ep1})
+	h.ok("Revoke", err)
+	_, err = h.d.handleProgram(ctx, wire.ProgramExternalConnectivityRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
+	h.ok("Program after Revoke", err)
+	_, err = h.d.handleLeave(ctx, wire.LeaveRequest{NetworkID: net1, EndpointID: ep1})
+	h.ok("Leave", err)
+	if out, err := here.Output("ip", "-br", "link"); err != nil || strings.Contains(out, "eth0") {
+		t.Errorf("after Leave the container has %s, %v", out, err)
+	}
+	_, err = h.d.handleDeleteEndpoint(ctx, wire.DeleteEndpointRequest{NetworkID: net1, EndpointID: ep1})
+	h.ok("DeleteEndpoint", err)
+	h.restart()
+	h.idle("restart after DeleteEndpoint")
+	_, err = h.d.handleDeleteNetwork(ctx, wire.DeleteNetworkRequest{NetworkID: net1})
+	h.ok("DeleteNetwork", err)
+	left, err := h.kernel.Owned(ctx)
+	left.Forward4, left.Forward6 = false, false
+	if err != nil || !left.Empty() {
+		t.Errorf("left: %s, %v", left, err)
+	}
+}
+
+// self runs a command in the goroutine's own namespace.
+func self(t *testing.T, name string, arg ...string) {
+	t.Helper()
+	if out, err := exec.CommandContext(t.Context(), name, arg...).CombinedOutput(); err != nil {
+		t.Fatalf("%s %v: %v: %s", name, arg, err, out)
+	}
+}
+
+// serve connects through the published port from the host itself. Not from
+// [::1]: the proxy's goroutines are not in the test's namespace.
+func serve(t *testing.T, container *netnstest.NS) {
+	t.Helper()
+	var l net.Listener
+	container.Do(func() {
+		var err error
+		if l, err = (&net.ListenConfig{}).Listen(t.Context(), "tcp", "[::]:80"); err != nil {
+			t.Fatal(err)
+		}
+	})
+	defer func() { _ = l.Close() }()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			_, _ = io.WriteString(c, "hello from "+c.RemoteAddr().String())
+			_ = c.Close()
+		}
+	}()
+	for _, at := range []string{"127.0.0.1:8080", "10.1.0.1:8080", "[fd00:1::1]:8080"} {
+		c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", at)
+		if err != nil {
+			t.Errorf("%s: %v", at, err)
+			continue
+		}
+		b, err := io.ReadAll(c)
+		if err != nil || !strings.Contains(string(b), "10.1.0.1") && !strings.Contains(string(b), "[fd00:1::1]") {
+			t.Errorf("%s answered %q, %v", at, b, err)
+		}
+		_ = c.Close()
+	}
+}

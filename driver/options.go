@@ -1,0 +1,411 @@
+package driver
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/weftnet/weft/internal/plugin"
+)
+
+// Options are the network's -o options, parsed, with the defaults that do not
+// depend on anything else filled in.
+type Options struct {
+	// MTU is what the user asked for; 0 lets the path decide.
+	MTU    int     `json:",omitempty"`
+	Egress Egress  `json:",omitempty"`
+	Routes []Route `json:",omitempty"`
+	// Prefix is the interface's name in the container, without the number.
+	Prefix string `json:",omitempty"`
+
+	// Bridge is one that exists already and is left alone; BridgeName names
+	// ours.
+	Bridge     string `json:",omitempty"`
+	BridgeName string `json:",omitempty"`
+	ICC        bool   // containers of the network may talk to each other
+	Masquerade bool
+	// HostBinding is the host address of published ports that name none.
+	HostBinding netip.Addr
+	InhibitIPv4 bool        `json:",omitempty"` // the bridge gets no IPv4 address
+	Gateway4    GatewayMode `json:",omitempty"`
+	Gateway6    GatewayMode `json:",omitempty"`
+	// Trusted are host interfaces from which published ports are reached at the
+	// containers' own addresses.
+	Trusted []string `json:",omitempty"`
+	// Host4 and Host6 are the source addresses of masqueraded traffic.
+	Host4, Host6 netip.Addr
+}
+
+// Egress says who takes the containers out.
+type Egress string
+
+// The values of Egress.
+const (
+	EgressDriver Egress = "driver" // we do: Join answers a gateway, we publish ports
+	EgressEngine Egress = "engine" // the engine does, with docker_gwbridge
+	EgressNone   Egress = "none"   // nobody does
+)
+
+// GatewayMode says how a family is reached from outside.
+type GatewayMode string
+
+// The values of GatewayMode.
+const (
+	GatewayNAT         GatewayMode = "nat"             // published ports only; sources translated
+	GatewayUnprotected GatewayMode = "nat-unprotected" // also every port, at the container's address
+	GatewayRouted      GatewayMode = "routed"          // published ports, at the container's address; nothing translated
+	GatewayIsolated    GatewayMode = "isolated"        // the host has no address on the network
+)
+
+// gateway is the mode of one family.
+func (o Options) gateway(f family) GatewayMode {
+	if f == ipv4 {
+		return o.Gateway4
+	}
+	return o.Gateway6
+}
+
+// host is the source address given for one family, or the zero Addr.
+func (o Options) host(f family) netip.Addr {
+	if f == ipv4 {
+		return o.Host4
+	}
+	return o.Host6
+}
+
+// modeBridge is the default of -o mode=.
+const modeBridge = "bridge"
+
+const optionMode = "mode"
+
+// option is one name that users may type after -o.
+type option struct {
+	// modes where it means something; nil is all of them.
+	modes []string
+	// set parses; nil accepts what the engine itself reads.
+	set func(*settings, string) error
+}
+
+// settings is what is being parsed.
+type settings struct {
+	Options
+	internal   bool
+	masquerade string // as typed: the default depends on another option
+}
+
+var bridgeOnly = []string{modeBridge}
+
+// options are all names, by the built-in drivers' spelling where they have
+// the option.
+var options = map[string]option{
+	optionMode:                       {set: func(*settings, string) error { return nil }},
+	"mtu":                            {set: setMTU},
+	"com.docker.network.driver.mtu":  {set: setMTU},
+	"egress":                         {set: setChoice(func(s *settings) *Egress { return &s.Egress }, EgressDriver, EgressEngine, EgressNone)},
+	"routes":                         {set: setRoutes},
+	"com.docker.network.internal":    {set: setBool(func(s *settings) *bool { return &s.internal })},
+	"com.docker.network.enable_ipv4": {}, // the subnets tell
+	"com.docker.network.enable_ipv6": {},
+	"com.docker.network.advertise_addr_nmsgs": {},
+	"com.docker.network.advertise_addr_ms":    {},
+	"com.docker.network.container_iface_prefix": {set: func(s *settings, v string) error {
+		s.Prefix = v
+		return checkLinkName(v, 13) // two digits follow
+	}},
+
+	"bridge": {bridgeOnly, func(s *settings, v string) error {
+		s.Bridge = v
+		return checkLinkName(v, 15)
+	}},
+	"com.docker.network.bridge.name": {bridgeOnly, func(s *settings, v string) error {
+		s.BridgeName = v
+		return checkLinkName(v, 15)
+	}},
+	"com.docker.network.bridge.enable_icc":           {bridgeOnly, setBool(func(s *settings) *bool { return &s.ICC })},
+	"com.docker.network.bridge.enable_ip_masquerade": {bridgeOnly, setMasquerade},
+	"com.docker.network.bridge.host_binding_ipv4":    {bridgeOnly, setAddr(func(s *settings) *netip.Addr { return &s.HostBinding }, ipv4)},
+	"com.docker.network.bridge.inhibit_ipv4":         {bridgeOnly, setBool(func(s *settings) *bool { return &s.InhibitIPv4 })},
+	"com.docker.network.bridge.gateway_mode_ipv4":    {bridgeOnly, setGateway(func(s *settings) *GatewayMode { return &s.Gateway4 })},
+	"com.docker.network.bridge.gateway_mode_ipv6":    {bridgeOnly, setGateway(func(s *settings) *GatewayMode { return &s.Gateway6 })},
+	"com.docker.network.bridge.trusted_host_interfaces": {bridgeOnly, func(s *settings, v string) error {
+		s.Trusted = strings.Split(v, ":")
+		for _, name := range s.Trusted {
+			if err := checkLinkName(name, 15); err != nil {
+				return err
+			}
+		}
+		return nil
+	}},
+	"com.docker.network.host_ipv4": {bridgeOnly, setAddr(func(s *settings) *netip.Addr { return &s.Host4 }, ipv4)},
+	"com.docker.network.host_ipv6": {bridgeOnly, setAddr(func(s *settings) *netip.Addr { return &s.Host6 }, ipv6)},
+}
+
+// parseNetworkOptions reads the Options of CreateNetwork and GwAllocCheck
+// into a Network without subnets. modes are those this program has.
+func parseNetworkOptions(raw map[string]any, modes []string) (Network, error) {
+	n := Network{Version: recordVersion}
+	if v, ok := raw[plugin.OptionInternal]; ok {
+		internal, isBool := v.(bool)
+		if !isBool {
+			return n, fmt.Errorf("option %s: %v is not true or false", plugin.OptionInternal, v)
+		}
+		n.Internal = internal
+	}
+	generic, err := stringOptions(raw[plugin.OptionGeneric])
+	if err != nil {
+		return n, err
+	}
+	n.Mode = modeBridge
+	if m, ok := generic[optionMode]; ok {
+		n.Mode = m
+	}
+	if !slices.Contains(modes, n.Mode) {
+		return n, fmt.Errorf("option mode: %q is not a mode: valid are %s", n.Mode, strings.Join(slices.Sorted(slices.Values(modes)), ", "))
+	}
+	s := settings{Options: Options{ICC: true}}
+	for _, key := range slices.Sorted(maps.Keys(generic)) {
+		if err := s.apply(n.Mode, key, generic[key]); err != nil {
+			return n, err
+		}
+	}
+	if a, b := generic["mtu"], generic["com.docker.network.driver.mtu"]; a != "" && b != "" && a != b {
+		return n, fmt.Errorf("options mtu=%s and com.docker.network.driver.mtu=%s contradict each other", a, b)
+	}
+	// A network on somebody else's bridge is usually part of a LAN that knows
+	// its addresses.
+	s.Masquerade = s.Bridge == ""
+	if s.masquerade != "" {
+		s.Masquerade = s.masquerade == "true"
+	}
+	n.Internal = n.Internal || s.internal
+	n.Options = s.Options
+	return n, nil
+}
+
+// apply sets one option.
+func (s *settings) apply(mode, key, value string) error {
+	o, ok := options[key]
+	if !ok || o.modes != nil && !slices.Contains(o.modes, mode) {
+		return unknownOption(mode, key)
+	}
+	if o.set == nil {
+		return nil
+	}
+	if err := o.set(s, value); err != nil {
+		return fmt.Errorf("option %s: %w", key, err)
+	}
+	return nil
+}
+
+func unknownOption(mode, key string) error {
+	var valid []string
+	for name, o := range options {
+		if o.set != nil && (o.modes == nil || slices.Contains(o.modes, mode)) {
+			valid = append(valid, name)
+		}
+	}
+	slices.Sort(valid)
+	return fmt.Errorf("option %q is not known in mode %s: did you mean %q? valid are %s", clip(key), mode, nearest(key, valid), strings.Join(valid, ", "))
+}
+
+// engineKeys begin with this in the options of an endpoint; the rest was typed by the
+// user.
+const engineKeys = "com.docker.network."
+
+// parseEndpointOptions refuses what a user gave with --driver-opt: no mode
+// has such an option yet.
+func parseEndpointOptions(mode string, raw map[string]any) error {
+	for _, key := range slices.Sorted(maps.Keys(raw)) {
+		if !strings.HasPrefix(key, engineKeys) {
+			return fmt.Errorf("endpoint option %q is not known: mode %s has no endpoint options", clip(key), mode)
+		}
+	}
+	return nil
+}
+
+// stringOptions is what the user gave: strings by name. The engine passes a
+// boolean of daemon.json on as one.
+func stringOptions(v any) (map[string]string, error) {
+	if v == nil {
+		return nil, nil
+	}
+	m, ok := v.(map[string]any)
+	if !ok {
+		return nil, fmt.Errorf("option %s: not an object", plugin.OptionGeneric)
+	}
+	out := make(map[string]string, len(m))
+	for key, value := range m {
+		switch value := value.(type) {
+		case string:
+			out[key] = value
+		case bool:
+			out[key] = strconv.FormatBool(value)
+		default:
+			return nil, fmt.Errorf("option %s: %v is not a string", clip(key), value)
+		}
+	}
+	return out, nil
+}
+
+func setMTU(s *settings, v string) error {
+	mtu, err := strconv.Atoi(v)
+	if err != nil || mtu < 68 || mtu > 65535 {
+		return fmt.Errorf("%q is not an MTU: valid are 68 to 65535", clip(v))
+	}
+	s.MTU = mtu
+	return nil
+}
+
+func setMasquerade(s *settings, v string) error {
+	on, err := parseBool(v)
+	s.masquerade = strconv.FormatBool(on)
+	return err
+}
+
+func setBool(field func(*settings) *bool) func(*settings, string) error {
+	return func(s *settings, v string) (err error) {
+		*field(s), err = parseBool(v)
+		return err
+	}
+}
+
+func parseBool(v string) (bool, error) {
+	b, err := strconv.ParseBool(v)
+	if err != nil {
+		return false, fmt.Errorf("%q is not true or false", clip(v))
+	}
+	return b, nil
+}
+
+func setAddr(field func(*settings) *netip.Addr, f family) func(*settings, string) error {
+	return func(s *settings, v string) error {
+		a, err := netip.ParseAddr(v)
+		if err != nil || a.Zone() != "" || !f.of(a.Unmap()) {
+			return fmt.Errorf("%q is not an IPv%d address", clip(v), f)
+		}
+		*field(s) = a.Unmap()
+		return nil
+	}
+}
+
+func setGateway(field func(*settings) *GatewayMode) func(*settings, string) error {
+	return setChoice(field, GatewayNAT, GatewayUnprotected, GatewayRouted, GatewayIsolated)
+}
+
+func setChoice[T ~string](field func(*settings) *T, choices ...T) func(*settings, string) error {
+	return func(s *settings, v string) error {
+		if !slices.Contains(choices, T(v)) {
+			return fmt.Errorf("%q is not a choice: valid are %s", clip(v), joined(choices))
+		}
+		*field(s) = T(v)
+		return nil
+	}
+}
+
+func joined[T ~string](list []T) string {
+	var b strings.Builder
+	for i, s := range list {
+		if i > 0 {
+			b.WriteString(", ")
+		}
+		b.WriteString(string(s))
+	}
+	return b.String()
+}
+
+func setRoutes(s *settings, v string) (err error) {
+	s.Routes, err = parseRoutes(v)
+	return err
+}
+
+// parseRoutes reads "10.0.0.0/8 via 10.1.0.254, ...".
+func parseRoutes(v string) ([]Route, error) {
+	var routes []Route
+	for part := range strings.SplitSeq(v, ",") {
+		words := strings.Fields(part)
+		if len(words) != 3 || words[1] != "via" {
+			return nil, fmt.Errorf("%q is not a route: write DESTINATION via ADDRESS, with commas between routes", clip(strings.TrimSpace(part)))
+		}
+		dst, err := netip.ParsePrefix(words[0])
+		if err != nil {
+			return nil, fmt.Errorf("%q is not a destination: write it as 10.0.0.0/8", clip(words[0]))
+		}
+		if dst != dst.Masked() {
+			return nil, fmt.Errorf("destination %s has bits outside its mask: write %s", dst, dst.Masked())
+		}
+		hop, err := netip.ParseAddr(words[2])
+		if err != nil || hop.Zone() != "" || hop.Is4In6() || hop.IsUnspecified() || hop.IsMulticast() {
+			return nil, fmt.Errorf("%q is not the address of a router", clip(words[2]))
+		}
+		if hop.Is4() != dst.Addr().Is4() || dst.Addr().Is4In6() {
+			return nil, fmt.Errorf("route %s via %s mixes IPv4 and IPv6", dst, hop)
+		}
+		if dst.Bits() == 0 {
+			return nil, errors.New("a default route is not given with routes: use --gateway")
+		}
+		if slices.ContainsFunc(routes, func(r Route) bool { return r.Destination == dst }) {
+			return nil, fmt.Errorf("destination %s is there twice", dst)
+		}
+		routes = append(routes, Route{Destination: dst, NextHop: hop})
+	}
+	return routes, nil
+}
+
+// checkLinkName accepts what the kernel does, and neither "." nor a colon,
+// which it takes for an alias.
+func checkLinkName(name string, most int) error {
+	if name == "" || name == "." || name == ".." || len(name) > most {
+		return fmt.Errorf("%q is not an interface name of 1 to %d bytes", clip(name), most)
+	}
+	for _, c := range []byte(name) {
+		if c <= ' ' || c >= 0x7f || c == '/' || c == ':' || c == '%' || c == '"' {
+			return fmt.Errorf("%q is not an interface name", clip(name))
+		}
+	}
+	return nil
+}
+
+// clip bounds what a user's typing adds to an error, and keeps it on one line.
+func clip(s string) string {
+	return strings.ToValidUTF8(strings.ReplaceAll(s[:min(len(s), 80)], "\n", " "), "?")
+}
+
+// nearest is the valid name with the fewest edits from name, or from which
+// its last part has: people leave the long prefix out.
+func nearest(name string, valid []string) string {
+	name = strings.ToLower(name)
+	last := func(s string) string { return s[strings.LastIndexByte(s, '.')+1:] }
+	return slices.MinFunc(valid, func(a, b string) int {
+		return cmp.Or(
+			min(edits(name, a), edits(last(name), last(a)))-min(edits(name, b), edits(last(name), last(b))),
+			edits(name, a)-edits(name, b))
+	})
+}
+
+// edits is the Levenshtein distance, in bytes; a and b are cut so that
+// nobody pays for a name of a megabyte.
+func edits(a, b string) int {
+	a, b = a[:min(len(a), 80)], b[:min(len(b), 80)]
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			change := diagonal
+			if a[i] != b[j] {
+				change++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(change, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,222 @@
+package driver
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/plugin"
+)
+
+// optionNoProxy6To4 is set when another endpoint of the container is its way
+// out for IPv6: the host's IPv6 ports are that one's.
+const optionNoProxy6To4 = "com.docker.network.driver.private.no_proxy_6to4"
+
+// published is what chosen ports mean in the kernel. From trusted interfaces
+// they are reached at the container's own address too.
+func published(ports []PublishedPort, trusted []string) datapath.State {
+	var s datapath.State
+	for _, p := range ports {
+		for _, link := range trusted {
+			e := datapath.Element{
+				Set: datapath.SetTrusted, Link: link, Net: host(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(),
+			}
+			if !slices.Contains(s.Elements, e) {
+				s.Elements = append(s.Elements, e)
+			}
+		}
+		if !p.Host.IsValid() {
+			s.Elements = append(s.Elements, datapath.Element{
+				Set: datapath.SetExposed, Net: host(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(),
+			})
+			continue
+		}
+		s.Sockets = append(s.Sockets, datapath.Socket{Proto: p.Proto, Host: p.Host, To: p.Container})
+		at := p.Host.Addr()
+		if at.Is4() != p.Container.Addr().Is4() || at == netip.IPv6Loopback() {
+			continue // not translatable: the socket's proxy passes it on
+		}
+		net := host(at)
+		if at.IsUnspecified() {
+			net = familyOf(at).all()
+		}
+		s.Elements = append(s.Elements, datapath.Element{
+			Set: datapath.SetPublished, Net: net, Proto: p.Proto, Port: p.Host.Port(),
+			To: p.Container.Addr(), ToPort: p.Container.Port(),
+		})
+	}
+	return s
+}
+
+// translated reports whether a host port leads to one of them. The container can
+// use that too, and with br_netfilter the frame then leaves by the port of the
+// bridge that it came in on.
+func translated(ports []PublishedPort) bool {
+	return slices.ContainsFunc(ports, func(p PublishedPort) bool { return p.Host.IsValid() })
+}
+
+// wish is one port that should be published: on each of the hosts' addresses,
+// under one number.
+type wish struct {
+	proto       datapath.Proto
+	first, last uint16
+	targets     []target // never empty
+}
+
+// target is one host address, and where what arrives there goes. The zero
+// host means the container's own address, without translation.
+type target struct {
+	host netip.Addr
+	to   netip.AddrPort
+}
+
+// parseWishes reads the port map in the Options of a call. What the network
+// or the endpoint has no address for is left out without complaint: the engine
+// sends the same map for every network of a container.
+func parseWishes(n Network, e Endpoint, options map[string]any) ([]wish, error) {
+	bindings, err := plugin.ParsePortMap(options)
+	if err != nil {
+		return nil, err
+	}
+	if n.Options.Egress != EgressDriver {
+		return nil, nil
+	}
+	no6to4, _ := options[optionNoProxy6To4].(bool)
+	var wishes []wish
+	for _, b := range bindings {
+		w := wish{proto: datapath.Proto(b.Proto), first: b.HostPort, last: b.HostPortEnd}
+		for _, f := range families {
+			if t, ok := translate(n, e, b, f, no6to4); ok && !slices.Contains(w.targets, t) {
+				w.targets = append(w.targets, t)
+			}
+		}
+		if len(w.targets) > 0 {
+			wishes = append(wishes, w)
+		}
+	}
+	// A range or a free choice must not take what another binding names.
+	slices.SortStableFunc(wishes, func(a, b wish) int { return cmp.Compare(a.freedom(), b.freedom()) })
+	return wishes, nil
+}
+
+// freedom is how many ports would do.
+func (w wish) freedom() int {
+	if w.first == 0 {
+		return 1 << 16
+	}
+	return int(w.last) - int(w.first) + 1
+}
+
+// translate is where host addresses of the family lead for one binding.
+func translate(n Network, e Endpoint, b plugin.PortBinding, f family, no6to4 bool) (target, bool) {
+	at := b.HostIP
+	if !at.IsValid() {
+		at = n.Options.HostBinding
+	}
+	anywhere := !at.IsValid() || !b.HostIP.IsValid() && at.IsUnspecified()
+	if !anywhere && !f.of(at) {
+		return target{}, false
+	}
+	if anywhere {
+		at = f.unspecified()
+	}
+	if to := e.addr(f); to.IsValid() {
+		switch n.Options.gateway(f) {
+		case GatewayRouted:
+			return target{to: netip.AddrPortFrom(to, b.Port)}, true
+		case GatewayIsolated:
+			return target{}, false
+		default:
+			return target{host: at, to: netip.AddrPortFrom(to, b.Port)}, true
+		}
+	}
+	// IPv6 clients of a container that has only IPv4, [::1] above all.
+	to := e.addr(ipv4)
+	mode := n.Options.gateway(ipv4)
+	if f == ipv4 || no6to4 || !to.IsValid() || mode == GatewayRouted || mode == GatewayIsolated {
+		return target{}, false
+	}
+	return target{host: at, to: netip.AddrPortFrom(to, b.Port)}, true
+}
+
+// choose turns wishes into ports. What is in have already is kept under its
+// number, so that a call that comes again changes nothing; the rest is
+// reserved. On error everything that was reserved here is given back.
+func (d *Driver) choose(ctx context.Context, have []PublishedPort, wishes []wish) ([]PublishedPort, error) {
+	free := slices.Clone(have)
+	var ports, reserved []PublishedPort
+	for _, w := range wishes {
+		if kept := w.find(free); kept != nil {
+			free = slices.DeleteFunc(free, func(p PublishedPort) bool { return slices.Contains(kept, p) })
+			ports = append(ports, kept...)
+			continue
+		}
+		fresh, err := d.reserve(ctx, w)
+		if err != nil {
+			return nil, d.release(ctx, reserved, err)
+		}
+		reserved = append(reserved, fresh...)
+		ports = append(ports, fresh...)
+	}
+	return ports, nil
+}
+
+// find is the wish fulfilled by some of have, or nil.
+func (w wish) find(have []PublishedPort) []PublishedPort {
+	for _, p := range have {
+		port := p.Host.Port()
+		if w.first != 0 && p.Host.IsValid() && (port < w.first || port > w.last) {
+			continue
+		}
+		if all := w.under(port); !slices.ContainsFunc(all, func(q PublishedPort) bool { return !slices.Contains(have, q) }) {
+			return all
+		}
+	}
+	return nil
+}
+
+// under is the wish fulfilled with one number.
+func (w wish) under(port uint16) []PublishedPort {
+	ports := make([]PublishedPort, 0, len(w.targets))
+	for _, t := range w.targets {
+		p := PublishedPort{Proto: w.proto, Container: t.to}
+		if t.host.IsValid() {
+			p.Host = netip.AddrPortFrom(t.host, port)
+		}
+		ports = append(ports, p)
+	}
+	return ports
+}
+
+// reserve takes a number that is free on all host addresses of the wish.
+func (d *Driver) reserve(ctx context.Context, w wish) ([]PublishedPort, error) {
+	req := datapath.PortRequest{Proto: w.proto, First: w.first, Last: w.last}
+	for _, t := range w.targets {
+		if t.host.IsValid() {
+			req.Hosts = append(req.Hosts, t.host)
+		}
+	}
+	if len(req.Hosts) == 0 {
+		return w.under(0), nil
+	}
+	port, err := d.kernel.Reserve(ctx, req)
+	if err != nil {
+		return nil, fmt.Errorf("publish port %d/%s: %w", w.targets[0].to.Port(), w.proto, err)
+	}
+	return w.under(port), nil
+}
+
+// release gives ports back that no record knows of, and returns cause with
+// whatever went wrong.
+func (d *Driver) release(ctx context.Context, ports []PublishedPort, cause error) error {
+	sockets := datapath.State{Sockets: published(ports, nil).Sockets}
+	if sockets.Empty() {
+		return cause
+	}
+	ctx, cancel := cleanup(ctx)
+	defer cancel()
+	return join(cause, d.kernel.Remove(ctx, sockets))
+}

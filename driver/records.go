@@ -1,0 +1,180 @@
+package driver
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weftnet/weft/internal/datapath"
+)
+
+// recordVersion is the version written into every record.
+const recordVersion = 1
+
+// Keys of the stores.
+const (
+	networkPrefix  = "network/"
+	endpointPrefix = "endpoint/"
+)
+
+// Network is the record of one network: what should be, in parsed form.
+type Network struct {
+	Version  int
+	ID       string
+	Mode     string // which Backend
+	Internal bool
+	MTU      int // bytes, inside containers
+	Subnets  []Subnet
+	Options  Options
+	// Pending is set until the network is made and about to be answered. One
+	// that a start finds was never known to the engine.
+	Pending bool `json:",omitempty"`
+	Created time.Time
+}
+
+// Subnet is one IPv4 or IPv6 subnet of a network.
+type Subnet struct {
+	Pool netip.Prefix
+	// Gateway is the address that containers use as gateway, with the mask
+	// that the IPAM returned; the zero Prefix where there is none.
+	Gateway netip.Prefix
+	Aux     map[string]netip.Prefix `json:",omitempty"`
+}
+
+// Endpoint is the record of one endpoint: a container's place on a network.
+type Endpoint struct {
+	Version int
+	ID      string
+	Network string
+	Addrs   []netip.Prefix // at most one per family, with the subnet's mask
+	MAC     datapath.MAC
+	// Left is set when Leave took the links away and DeleteEndpoint has yet
+	// to come.
+	Left bool `json:",omitempty"`
+	// Ports are the container's published ports with the host ports that
+	// were chosen for them, present between Program- and
+	// RevokeExternalConnectivity.
+	Ports []PublishedPort `json:",omitempty"`
+	// Programmed is set while the endpoint is its container's way out.
+	Programmed bool `json:",omitempty"`
+	// Hairpin is set with the first published port and stays until Leave:
+	// clearing it in every Revoke, just before the link goes, would cost a
+	// change of the link for nothing.
+	Hairpin bool `json:",omitempty"`
+	Created time.Time
+}
+
+// PublishedPort is one port of a container and one host address and port
+// that lead to it. Host is the zero AddrPort where the container's own address
+// is reached from outside, without translation.
+type PublishedPort struct {
+	Proto     datapath.Proto
+	Host      netip.AddrPort
+	Container netip.AddrPort
+}
+
+// has reports whether the network has a subnet of the family.
+func (n Network) has(f family) bool {
+	return slices.ContainsFunc(n.Subnets, func(s Subnet) bool { return f.of(s.Pool.Addr()) })
+}
+
+// subnet is the one that holds a.
+func (n Network) subnet(a netip.Addr) (Subnet, bool) {
+	i := slices.IndexFunc(n.Subnets, func(s Subnet) bool { return s.Pool.Contains(a) })
+	if i < 0 {
+		return Subnet{}, false
+	}
+	return n.Subnets[i], true
+}
+
+// addr is the endpoint's address of the family, or the zero Addr.
+func (e Endpoint) addr(f family) netip.Addr {
+	for _, a := range e.Addrs {
+		if f.of(a.Addr()) {
+			return a.Addr()
+		}
+	}
+	return netip.Addr{}
+}
+
+// family is an IP version; code that differs by it ranges over families.
+type family int
+
+const (
+	ipv4 family = 4
+	ipv6 family = 6
+)
+
+var families = [...]family{ipv4, ipv6}
+
+func familyOf(a netip.Addr) family {
+	if a.Is4() {
+		return ipv4
+	}
+	return ipv6
+}
+
+func (f family) of(a netip.Addr) bool { return a.IsValid() && familyOf(a) == f }
+
+// unspecified is 0.0.0.0 or [::].
+func (f family) unspecified() netip.Addr {
+	if f == ipv4 {
+		return netip.IPv4Unspecified()
+	}
+	return netip.IPv6Unspecified()
+}
+
+// all is 0.0.0.0/0 or ::/0.
+func (f family) all() netip.Prefix { return netip.PrefixFrom(f.unspecified(), 0) }
+
+// errDamaged tells a record that cannot be read from one that is not there.
+var errDamaged = errors.New("record is damaged")
+
+// decode refuses what it does not understand: a record that was read wrongly
+// would be written back wrongly.
+func decode[T any](key string, value []byte, version func(T) int) (T, error) {
+	var v T
+	if err := json.Unmarshal(value, &v); err != nil {
+		return v, fmt.Errorf("%s: %w: %w", key, errDamaged, err)
+	}
+	if got := version(v); got != recordVersion {
+		return v, fmt.Errorf("%s: record has version %d, this program reads %d", key, got, recordVersion)
+	}
+	return v, nil
+}
+
+func decodeNetwork(key string, value []byte) (Network, error) {
+	n, err := decode(key, value, func(n Network) int { return n.Version })
+	if err == nil && networkKey(n.ID) != key {
+		err = fmt.Errorf("%s: %w: it is about network %q", key, errDamaged, n.ID)
+	}
+	return n, err
+}
+
+func decodeEndpoint(key string, value []byte) (Endpoint, error) {
+	e, err := decode(key, value, func(e Endpoint) int { return e.Version })
+	if err == nil && endpointKey(e.Network, e.ID) != key {
+		err = fmt.Errorf("%s: %w: it is about endpoint %q of network %q", key, errDamaged, e.ID, e.Network)
+	}
+	return e, err
+}
+
+func networkKey(id string) string { return networkPrefix + id }
+
+func endpointKey(network, id string) string { return endpointPrefix + network + "/" + id }
+
+// checkID refuses what cannot be part of a key; the engine's IDs are hex or
+// base 36.
+func checkID(what, id string) error {
+	switch {
+	case id == "":
+		return fmt.Errorf("%s id is empty", what)
+	case len(id) > 128 || strings.ContainsAny(id, "/\x00"):
+		return fmt.Errorf("%s id %q is not one", what, id[:min(len(id), 32)])
+	}
+	return nil
+}

@@ -1,0 +1,138 @@
+package driver
+
+import (
+	"context"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/weftnet/weft/internal/datapath"
+)
+
+// Status is what the driver knows and did. Its JSON form is stable: fields are
+// added, never renamed.
+type Status struct {
+	Networks  []NetworkStatus  `json:"networks"`
+	Endpoints []EndpointStatus `json:"endpoints"`
+	Drift     Drift            `json:"drift"`
+}
+
+// NetworkStatus is one network.
+type NetworkStatus struct {
+	ID        string         `json:"id"`
+	Mode      string         `json:"mode"`
+	Link      string         `json:"link,omitempty"` // its bridge
+	Internal  bool           `json:"internal"`
+	Egress    Egress         `json:"egress"`
+	MTU       int            `json:"mtu"`
+	Subnets   []SubnetStatus `json:"subnets"`
+	Endpoints int            `json:"endpoints"`
+	Created   time.Time      `json:"created"`
+}
+
+// SubnetStatus is one subnet of a network.
+type SubnetStatus struct {
+	Pool    netip.Prefix `json:"pool"`
+	Gateway string       `json:"gateway,omitempty"`
+}
+
+// EndpointStatus is one endpoint.
+type EndpointStatus struct {
+	ID      string         `json:"id"`
+	Network string         `json:"network"`
+	Link    string         `json:"link"` // the host's end
+	Addrs   []netip.Prefix `json:"addresses"`
+	MAC     datapath.MAC   `json:"mac"`
+	// State is up, left (the container stopped), or lost (its link was
+	// deleted by somebody).
+	State   string       `json:"state"`
+	Gateway bool         `json:"gateway"` // the container's way out
+	Ports   []PortStatus `json:"ports"`
+	Created time.Time    `json:"created"`
+}
+
+// PortStatus is one published port. Host is empty where the container's own
+// address is reached.
+type PortStatus struct {
+	Proto     string         `json:"proto"`
+	Host      string         `json:"host,omitempty"`
+	Container netip.AddrPort `json:"container"`
+}
+
+// Drift is what repair last found.
+type Drift struct {
+	Checked    time.Time `json:"checked"`             // when the last pass ended
+	Error      string    `json:"error,omitempty"`     // why it could not repair all
+	Repaired   []string  `json:"repaired"`            // by the last pass that repaired something
+	RepairedAt time.Time `json:"repairedAt,omitzero"` // when that was
+}
+
+// Status reports all networks and endpoints, sorted by ID.
+func (d *Driver) Status(context.Context) (Status, error) {
+	s := Status{Networks: []NetworkStatus{}, Endpoints: []EndpointStatus{}}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s.Drift = d.drift
+	if s.Drift.Repaired == nil {
+		s.Drift.Repaired = []string{}
+	}
+	for _, n := range d.networks {
+		if n.doomed {
+			continue
+		}
+		ns := n.status()
+		if b := d.networkState(n).Bridges; len(b) > 0 {
+			ns.Link = b[0].Name
+		}
+		for _, e := range n.endpoints {
+			if !e.doomed {
+				ns.Endpoints++
+				s.Endpoints = append(s.Endpoints, e.status())
+			}
+		}
+		s.Networks = append(s.Networks, ns)
+	}
+	slices.SortFunc(s.Networks, func(a, b NetworkStatus) int { return strings.Compare(a.ID, b.ID) })
+	slices.SortFunc(s.Endpoints, func(a, b EndpointStatus) int { return strings.Compare(a.ID, b.ID) })
+	return s, nil
+}
+
+func (n *network) status() NetworkStatus {
+	s := NetworkStatus{
+		ID: n.rec.ID, Mode: n.rec.Mode, Internal: n.rec.Internal, Egress: n.rec.Options.Egress, MTU: n.rec.MTU,
+		Subnets: []SubnetStatus{}, Created: n.rec.Created,
+	}
+	for _, sub := range n.rec.Subnets {
+		ss := SubnetStatus{Pool: sub.Pool}
+		if sub.Gateway.IsValid() {
+			ss.Gateway = sub.Gateway.Addr().String()
+		}
+		s.Subnets = append(s.Subnets, ss)
+	}
+	return s
+}
+
+func (e *endpoint) status() EndpointStatus {
+	s := EndpointStatus{
+		ID: e.rec.ID, Network: e.rec.Network, Link: hostEnd(e.rec.ID), Addrs: slices.Clone(e.rec.Addrs), MAC: e.rec.MAC,
+		State: "up", Gateway: e.rec.Programmed, Ports: []PortStatus{}, Created: e.rec.Created,
+	}
+	if s.Addrs == nil {
+		s.Addrs = []netip.Prefix{}
+	}
+	switch {
+	case e.rec.Left:
+		s.State = "left"
+	case e.gone:
+		s.State = "lost"
+	}
+	for _, p := range e.rec.Ports {
+		ps := PortStatus{Proto: p.Proto.String(), Container: p.Container}
+		if p.Host.IsValid() {
+			ps.Host = p.Host.String()
+		}
+		s.Ports = append(s.Ports, ps)
+	}
+	return s
+}
