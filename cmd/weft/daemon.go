@@ -1,0 +1,193 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/weftnet/weft/driver"
+	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/plugin"
+	"github.com/weftnet/weft/internal/store"
+	"github.com/weftnet/weft/ipam"
+)
+
+// mostWait bounds the pause between two attempts to recover.
+const mostWait = 30 * time.Second
+
+// daemon is everything behind the two sockets.
+type daemon struct {
+	settings settings
+	log      *logrus.Logger
+	mux      *plugin.Mux
+
+	mu    sync.Mutex // over what follows
+	parts *parts     // nil until recovered
+	err   error      // of the last attempt to recover
+}
+
+// parts are what a recovered daemon consists of.
+type parts struct {
+	weft, run *store.Bolt
+	kernel    *datapath.Kernel
+	driver    *driver.Driver
+	ipam      *ipam.IPAM
+}
+
+func newDaemon(s settings, log *logrus.Logger) *daemon {
+	d := &daemon{settings: s, log: log, mux: plugin.New(plugin.Config{Log: log})}
+	d.mux.Constant(plugin.PathNetworkCapabilities, driver.Capabilities)
+	d.mux.Constant(plugin.PathIpamCapabilities, ipam.Capabilities)
+	d.mux.Constant(plugin.PathAddressSpaces, ipam.Spaces)
+	return d
+}
+
+// run recovers, lets the calls in, and does what is done from time to time
+// until ctx ends. While it cannot recover, calls are answered with the reason;
+// it goes on trying, because what is wrong may be mended (a full disk) or pass
+// (the process before this one still holds the files).
+func (d *daemon) run(ctx context.Context) {
+	start := time.Now()
+	for wait := time.Second; ; wait = min(2*wait, mostWait) {
+		p, err := recoverParts(ctx, d.settings, d.log)
+		if err == nil {
+			d.recovered(p)
+			d.log.WithField("duration", time.Since(start)).Info("recovered, serving")
+			break
+		}
+		d.mux.Ready(err)
+		if d.failed(err) {
+			d.log.WithError(err).Error("recovery failed; every call is answered with this until it is mended")
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(wait):
+		}
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.parts.driver.Run(ctx) })
+	g.Go(func() error { return d.parts.ipam.Run(ctx) })
+	if err := g.Wait(); err != nil {
+		d.log.WithError(err).Error("repair has ended")
+	}
+}
+
+func (d *daemon) recovered(p *parts) {
+	d.mu.Lock()
+	d.parts, d.err = p, nil
+	d.mu.Unlock()
+	p.driver.Register(d.mux)
+	p.ipam.Register(d.mux)
+	d.mux.Ready(nil)
+}
+
+// failed reports whether err is not the error of the attempt before.
+func (d *daemon) failed(err error) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	fresh := d.err == nil || d.err.Error() != err.Error()
+	d.err = err
+	return fresh
+}
+
+// recoverParts opens the stores and reads back what they and the kernel hold.
+func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts, err error) {
+	pools, err := ipam.ParsePools(s.pools)
+	if err != nil {
+		return nil, fmt.Errorf("setting POOLS: %w", err)
+	}
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return nil, fmt.Errorf("find out which boot this is: %w", err)
+	}
+	p = &parts{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, p.close())
+			p = nil
+		}
+	}()
+	if err := os.MkdirAll(s.state, 0o700); err != nil {
+		return p, fmt.Errorf("make the directory of the state: %w", err)
+	}
+	if p.weft, err = store.Open(filepath.Join(s.state, "weft.db"), store.Options{}); err != nil {
+		return p, err
+	}
+	if p.run, err = store.OpenBoot(filepath.Join(s.state, "run.db"), strings.TrimSpace(string(boot))); err != nil {
+		return p, err
+	}
+	if p.kernel, err = datapath.New(datapath.Config{Log: log}); err != nil {
+		return p, err
+	}
+	p.driver, err = driver.New(driver.Config{
+		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, PathMTU: p.kernel.PathMTU, Log: log,
+		Backends: map[string]driver.Backend{"bridge": driver.Bridge{}},
+	})
+	if err != nil {
+		return p, err
+	}
+	p.ipam, err = ipam.New(ipam.Config{
+		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Pools: pools, Log: log,
+	})
+	if err != nil {
+		return p, err
+	}
+	if err := p.driver.Recover(ctx); err != nil {
+		return p, err
+	}
+	return p, p.ipam.Load(ctx)
+}
+
+// close lets go of files and sockets; nothing in the kernel changes.
+func (p *parts) close() error {
+	var errs []error
+	if p.kernel != nil {
+		p.kernel.Close()
+	}
+	for _, s := range []*store.Bolt{p.run, p.weft} {
+		if s != nil {
+			errs = append(errs, s.Close())
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// close comes after the last call and the last repair.
+func (d *daemon) close() {
+	if d.parts == nil {
+		return
+	}
+	if err := d.parts.close(); err != nil {
+		d.log.WithError(err).Error("close")
+	}
+}
+
+// status is the answer to `weft status`.
+func (d *daemon) status(ctx context.Context) (any, error) {
+	d.mu.Lock()
+	p, err := d.parts, d.err
+	d.mu.Unlock()
+	doc := document{Version: version, Commit: commit, Phase: recovering}
+	doc.Networks, doc.Endpoints, doc.Drift.Repaired = []driver.NetworkStatus{}, []driver.EndpointStatus{}, []string{}
+	doc.Pools = []ipam.PoolStatus{}
+	switch {
+	case p == nil && err != nil:
+		doc.Phase, doc.Error = failed, err.Error()
+	case p != nil:
+		doc.Phase = serving
+		if doc.Status, err = p.driver.Status(ctx); err != nil {
+			return nil, err
+		}
+		doc.Pools = p.ipam.Status(ctx).Pools
+	}
+	return doc, nil
+}

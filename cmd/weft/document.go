@@ -1,0 +1,169 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/weftnet/weft/driver"
+	"github.com/weftnet/weft/ipam"
+)
+
+// The phases of a plugin's process.
+const (
+	recovering = "recovering" // calls wait
+	serving    = "serving"
+	failed     = "failed" // calls are answered with the error
+)
+
+// document is the plugin's answer to `weft status`, and what --json prints.
+// Its form is stable: fields are added, never renamed.
+type document struct {
+	Version string `json:"version"`
+	Commit  string `json:"commit"`
+	Phase   string `json:"phase"`
+	Error   string `json:"error,omitempty"` // why it failed
+	driver.Status
+	Pools []ipam.PoolStatus `json:"pools"`
+}
+
+// print writes the sections asked for, or all of them, for people.
+func (d document) print(w io.Writer, words []string) error {
+	all := len(words) == 0
+	if all || d.Phase != serving {
+		if _, err := fmt.Fprintf(w, "weft %s: %s\n", d.Version, d.Phase); err != nil {
+			return err
+		}
+	}
+	if d.Error != "" {
+		if _, err := fmt.Fprintln(w, d.Error); err != nil {
+			return err
+		}
+	}
+	if d.Phase != serving {
+		return nil
+	}
+	for _, section := range []struct {
+		name string
+		rows [][]string
+	}{
+		{"networks", d.networks()}, {"endpoints", d.endpoints()}, {"pools", d.pools()},
+	} {
+		if !all && !slices.Contains(words, section.name) {
+			continue
+		}
+		if all {
+			if _, err := fmt.Fprintln(w); err != nil {
+				return err
+			}
+		}
+		if err := table(w, section.rows); err != nil {
+			return err
+		}
+	}
+	if !all {
+		return nil
+	}
+	_, err := fmt.Fprintf(w, "\n%s", d.drift())
+	return err
+}
+
+func table(w io.Writer, rows [][]string) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, r := range rows {
+		if _, err := fmt.Fprintln(t, strings.Join(r, "\t")); err != nil {
+			return err
+		}
+	}
+	return t.Flush()
+}
+
+func (d document) networks() [][]string {
+	rows := [][]string{{"NETWORK", "MODE", "LINK", "SUBNETS", "GATEWAYS", "MTU", "EGRESS", "INTERNAL", "ENDPOINTS"}}
+	for _, n := range d.Networks {
+		var pools, gateways []string
+		for _, s := range n.Subnets {
+			pools = append(pools, s.Pool.String())
+			gateways = append(gateways, orDash(s.Gateway))
+		}
+		rows = append(rows, []string{
+			short(n.ID), n.Mode, orDash(n.Link), list(pools), list(gateways), fmt.Sprint(n.MTU), string(n.Egress), yesNo(n.Internal), fmt.Sprint(n.Endpoints),
+		})
+	}
+	return rows
+}
+
+func (d document) endpoints() [][]string {
+	rows := [][]string{{"ENDPOINT", "NETWORK", "ADDRESSES", "MAC", "LINK", "STATE", "PORTS"}}
+	for _, e := range d.Endpoints {
+		var addrs, ports []string
+		for _, a := range e.Addrs {
+			addrs = append(addrs, a.Addr().String())
+		}
+		for _, p := range e.Ports {
+			ports = append(ports, port(p))
+		}
+		rows = append(rows, []string{
+			short(e.ID), short(e.Network), list(addrs), orDash(e.MAC.String()), e.Link, e.State, list(ports),
+		})
+	}
+	return rows
+}
+
+// port prints a published port as `docker ps` does.
+func port(p driver.PortStatus) string {
+	if p.Host == "" {
+		return fmt.Sprintf("%s/%s", p.Container, p.Proto)
+	}
+	return fmt.Sprintf("%s->%d/%s", p.Host, p.Container.Port(), p.Proto)
+}
+
+func (d document) pools() [][]string {
+	rows := [][]string{{"POOL", "SPACE", "RANGE", "GATEWAY", "USED", "SIZE"}}
+	for _, p := range d.Pools {
+		rows = append(rows, []string{p.Pool, p.Space, orDash(p.SubPool), orDash(p.Gateway), fmt.Sprint(p.Used), p.Size})
+	}
+	return rows
+}
+
+// drift says what repair found.
+func (d document) drift() string {
+	var b strings.Builder
+	if d.Drift.Checked.IsZero() {
+		b.WriteString("the kernel was not compared with the records yet\n")
+	} else {
+		fmt.Fprintf(&b, "the kernel was compared with the records at %s\n", d.Drift.Checked.Format(time.RFC3339))
+	}
+	if d.Drift.Error != "" {
+		fmt.Fprintf(&b, "not everything could be repaired: %s\n", d.Drift.Error)
+	}
+	if len(d.Drift.Repaired) > 0 {
+		fmt.Fprintf(&b, "repaired at %s:\n", d.Drift.RepairedAt.Format(time.RFC3339))
+		for _, l := range d.Drift.Repaired {
+			fmt.Fprintf(&b, "  %s\n", l)
+		}
+	}
+	return b.String()
+}
+
+// short cuts an ID as the engine's own lists do.
+func short(id string) string { return id[:min(len(id), 12)] }
+
+func orDash(s string) string {
+	if s == "" {
+		return "-"
+	}
+	return s
+}
+
+func list(s []string) string { return orDash(strings.Join(s, ",")) }
+
+func yesNo(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}

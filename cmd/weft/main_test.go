@@ -1,0 +1,214 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"io"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/sirupsen/logrus"
+
+	"github.com/weftnet/weft/driver"
+	"github.com/weftnet/weft/internal/admin"
+	"github.com/weftnet/weft/internal/plugin"
+	"github.com/weftnet/weft/ipam"
+)
+
+// weft runs the command in this process.
+func weft(t *testing.T, dataRoot string, args ...string) (code int, out, errs string) {
+	t.Helper()
+	var o, e bytes.Buffer
+	code = run(t.Context(), args, program{out: &o, err: &e, env: func(string) string { return "" }, dataRoot: dataRoot})
+	return code, o.String(), e.String()
+}
+
+func TestArguments(t *testing.T) {
+	for _, c := range []struct {
+		args      string
+		code      int
+		out, errs string // parts
+	}{
+		{"", 2, "", "usage: weft COMMAND"},
+		{"help", 0, "usage: weft COMMAND", ""},
+		{"stauts", 2, "", `no command "stauts"`},
+		{"version", 0, "weft dev (commit unknown, go1", ""},
+		{"version --json", 0, `{"Version":"dev","Commit":"unknown","Go":"go1`, ""},
+		{"version now", 2, "", `no argument "now"`},
+		{"version --yaml", 2, "", "yaml"},
+		{"status peers", 2, "", "choose from networks, endpoints, pools"},
+		{"status -h", 0, "", "-socket"},
+		{"serve -h", 0, "", "-pools"},
+		{"serve now", 2, "", `no argument "now"`},
+	} {
+		code, out, errs := weft(t, t.TempDir(), strings.Fields(c.args)...)
+		if code != c.code || !strings.Contains(out, c.out) || !strings.Contains(errs, c.errs) || c.out == "" && out != "" {
+			t.Errorf("weft %s: exit %d, out %q, errors %q; want %d, %q, %q", c.args, code, out, errs, c.code, c.out, c.errs)
+		}
+	}
+}
+
+// answers serves a document on a socket.
+func answers(t *testing.T, socket string, doc document) {
+	t.Helper()
+	l, err := plugin.Listen(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	log := logrus.New()
+	log.SetOutput(io.Discard)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- admin.Serve(ctx, l, func(context.Context) (any, error) { return doc, nil }, log)
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+func example() document {
+	id := strings.Repeat("ab", 32)
+	at := time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)
+	return document{
+		Version: "1.0", Commit: "c", Phase: serving,
+		Status: driver.Status{
+			Networks: []driver.NetworkStatus{{
+				ID: id, Mode: "bridge", Link: "wfababababab", Egress: "driver", MTU: 1500, Endpoints: 1, Created: at,
+				Subnets: []driver.SubnetStatus{{Pool: netip.MustParsePrefix("10.1.0.0/24"), Gateway: "10.1.0.1"}, {Pool: netip.MustParsePrefix("fd00::/64")}},
+			}},
+			Endpoints: []driver.EndpointStatus{{
+				ID: "cd" + id, Network: id, Link: "wfv1", State: "up", Created: at,
+				Addrs: []netip.Prefix{netip.MustParsePrefix("10.1.0.2/24"), netip.MustParsePrefix("fd00::2/64")},
+				MAC:   [6]byte{2, 0, 0, 0, 0, 1},
+				Ports: []driver.PortStatus{
+					{Proto: "tcp", Host: "0.0.0.0:8080", Container: netip.MustParseAddrPort("10.1.0.2:80")},
+					{Proto: "udp", Container: netip.MustParseAddrPort("[fd00::2]:53")},
+				},
+			}},
+			Drift: driver.Drift{Checked: at, Error: "bridge wfx: busy", Repaired: []string{"made bridge wfababababab"}, RepairedAt: at},
+		},
+		Pools: []ipam.PoolStatus{
+			{ID: "x", Space: "weft-local", Pool: "10.1.0.0/24", SubPool: "10.1.0.128/25", Gateway: "10.1.0.1", Used: 2, Size: "254"},
+			{ID: "y", Space: "weft-local", Pool: "fd00::/64", Used: 1, Size: "18446744073709551615"},
+		},
+	}
+}
+
+const wantNetworks = `NETWORK       MODE    LINK          SUBNETS                GATEWAYS    MTU   EGRESS  INTERNAL  ENDPOINTS
+abababababab  bridge  wfababababab  10.1.0.0/24,fd00::/64  10.1.0.1,-  1500  driver  no        1
+`
+
+const wantEndpoints = `ENDPOINT      NETWORK       ADDRESSES         MAC                LINK  STATE  PORTS
+cdababababab  abababababab  10.1.0.2,fd00::2  02:00:00:00:00:01  wfv1  up     0.0.0.0:8080->80/tcp,[fd00::2]:53/udp
+`
+
+const wantPools = `POOL         SPACE       RANGE          GATEWAY   USED  SIZE
+10.1.0.0/24  weft-local  10.1.0.128/25  10.1.0.1  2     254
+fd00::/64    weft-local  -              -         1     18446744073709551615
+`
+
+const wantDrift = `the kernel was compared with the records at 2026-11-20T12:00:00Z
+not everything could be repaired: bridge wfx: busy
+repaired at 2026-11-20T12:00:00Z:
+  made bridge wfababababab
+`
+
+func TestStatusText(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	answers(t, socket, example())
+	for _, c := range []struct{ words, want string }{
+		{"networks", wantNetworks},
+		{"endpoints", wantEndpoints},
+		{"pools", wantPools},
+		{"endpoints networks", wantNetworks + wantEndpoints},
+	} {
+		args := append([]string{"status", "--socket", socket}, strings.Fields(c.words)...)
+		code, out, errs := weft(t, "", args...)
+		if diff := cmp.Diff(c.want, out); code != 0 || diff != "" {
+			t.Errorf("status %s: exit %d, %s(-want +got):\n%s", c.words, code, errs, diff)
+		}
+	}
+	code, out, errs := weft(t, "", "status", "--socket", socket)
+	for _, part := range []string{"weft 1.0: serving\n\n" + wantNetworks + "\n" + wantEndpoints + "\n" + wantPools + "\n" + wantDrift} {
+		if code != 0 || !strings.Contains(out, part) {
+			t.Errorf("status: exit %d, %s got:\n%s\nwithout:\n%s", code, errs, out, part)
+		}
+	}
+}
+
+func TestStatusOfFailedPlugin(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	answers(t, socket, document{Version: "1.0", Phase: failed, Error: "open store weft.db: damaged"})
+	code, out, _ := weft(t, "", "status", "networks", "--socket", socket)
+	if want := "weft 1.0: failed\nopen store weft.db: damaged\n"; code != 0 || out != want {
+		t.Errorf("exit %d, got %q, want %q", code, out, want)
+	}
+}
+
+func TestStatusJSON(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	answers(t, socket, example())
+	code, out, errs := weft(t, "", "status", "--json", "--socket", socket)
+	if code != 0 {
+		t.Fatalf("exit %d, %s", code, errs)
+	}
+	var got document
+	if err := json.Unmarshal([]byte(out), &got); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(example().Networks, got.Networks, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); diff != "" {
+		t.Errorf("networks (-want +got):\n%s", diff)
+	}
+	var keys map[string]any
+	if err := json.Unmarshal([]byte(out), &keys); err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range []string{"version", "commit", "phase", "networks", "endpoints", "pools", "drift"} {
+		if _, ok := keys[k]; !ok {
+			t.Errorf("no %q in the document:\n%s", k, out)
+		}
+	}
+}
+
+func TestStatusFindsPlugins(t *testing.T) {
+	root, state := t.TempDir(), filepath.Join(t.TempDir(), "state")
+	code, _, errs := weft(t, root, "status", "--state", state)
+	if code != 1 || !strings.Contains(errs, "no plugin found") || strings.Count(errs, "\n") != 1 {
+		t.Errorf("none: exit %d, %q", code, errs)
+	}
+	// As long as the engine's own paths are: more than an address can hold.
+	for _, c := range []string{"a", "b"} {
+		dir := filepath.Join(root, "plugins", strings.Repeat(c, 64), "propagated-mount")
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		short := filepath.Join(t.TempDir(), "s")
+		answers(t, short, document{Version: c, Phase: recovering})
+		if err := os.Rename(short, filepath.Join(dir, adminSocket)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	code, out, errs := weft(t, root, "status", "--state", state)
+	if code != 0 || !strings.Contains(out, "weft a: recovering\n\n") || !strings.Contains(out, "weft b: recovering\n") || strings.Count(out, adminSocket+":\n") != 2 {
+		t.Errorf("two: exit %d, %s got:\n%s", code, errs, out)
+	}
+	answers(t, filepath.Join(state, adminSocket), document{Version: "own", Phase: recovering})
+	code, out, errs = weft(t, root, "status", "--state", state)
+	if want := "weft own: recovering\n"; code != 0 || out != want {
+		t.Errorf("beside the state: exit %d, %s got %q, want %q", code, errs, out, want)
+	}
+	code, _, errs = weft(t, root, "status", "--socket", filepath.Join(state, "gone.sock"))
+	if code != 1 || strings.Count(errs, "\n") != 1 || !strings.Contains(errs, "gone.sock") {
+		t.Errorf("unreachable: exit %d, %q", code, errs)
+	}
+}

@@ -1,0 +1,91 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"path/filepath"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/weftnet/weft/internal/admin"
+	"github.com/weftnet/weft/internal/plugin"
+)
+
+const (
+	defaultState  = "/var/lib/weft"
+	defaultSocket = "/run/docker/plugins/weft.sock"
+	adminSocket   = "admin.sock" // inside the state's directory
+)
+
+// settings are what `weft serve` can be told.
+type settings struct {
+	logLevel, pools string
+	state, socket   string
+}
+
+// serve is the plugin's process. It returns when ctx ends, or before it has
+// begun to listen.
+func (p program) serve(ctx context.Context, args []string) error {
+	var s settings
+	fs := flag.NewFlagSet("weft serve", flag.ContinueOnError)
+	fs.StringVar(&s.logLevel, "log-level", p.env("LOG_LEVEL"), "panic, fatal, error, warn, info, debug or trace (LOG_LEVEL; default info)")
+	fs.StringVar(&s.pools, "pools", p.env("POOLS"), "where automatic subnets come from: cidr:size,... (POOLS; default: private ranges that the host does not use)")
+	fs.StringVar(&s.state, "state", defaultState, "directory of the databases and of the socket for weft status")
+	fs.StringVar(&s.socket, "socket", defaultSocket, "socket on which the engine finds the plugin")
+	words, err := p.parse(fs, args)
+	if err != nil {
+		return err
+	}
+	if len(words) > 0 {
+		return p.wrong("serve takes no argument %q", words[0])
+	}
+	log := p.logger(s.logLevel)
+	l, err := plugin.Listen(s.socket)
+	if err != nil {
+		return err
+	}
+	log.WithFields(logrus.Fields{"version": version, "socket": s.socket, "state": s.state}).Info("listening")
+
+	d := newDaemon(s, log)
+	defer d.close()
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return d.mux.Serve(ctx, l) })
+	g.Go(func() error { d.serveAdmin(ctx); return nil })
+	g.Go(func() error { d.run(ctx); return nil })
+	err = g.Wait()
+	log.Info("stopped")
+	return err
+}
+
+// logger writes to the standard output, which the engine takes for
+// information; it would log every line on the other one as an error.
+func (p program) logger(level string) *logrus.Logger {
+	log := logrus.New()
+	log.SetOutput(p.out)
+	log.SetFormatter(&logrus.TextFormatter{DisableColors: true, FullTimestamp: true})
+	if level == "" {
+		return log
+	}
+	l, err := logrus.ParseLevel(level)
+	if err != nil {
+		log.WithError(err).Errorf("setting LOG_LEVEL is not usable, logging at level %s", log.Level)
+		return log
+	}
+	log.SetLevel(l)
+	return log
+}
+
+// serveAdmin answers `weft status`. Networks work without it, so an error is
+// only logged.
+func (d *daemon) serveAdmin(ctx context.Context) {
+	path := filepath.Join(d.settings.state, adminSocket)
+	l, err := plugin.Listen(path)
+	if err == nil {
+		err = admin.Serve(ctx, l, d.status, d.log)
+	}
+	if err != nil {
+		d.log.WithError(fmt.Errorf("serve status: %w", err)).Error("weft status will not work")
+	}
+}

@@ -1,0 +1,312 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/weftnet/weft/internal/admin"
+)
+
+// asMain makes the test's own binary the command, so that a process of it can
+// be started, killed and measured.
+const asMain = "WEFT_TEST_AS_MAIN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asMain) != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// process is `weft serve` in a network namespace of its own.
+type process struct {
+	*exec.Cmd
+	dir    string
+	client *http.Client
+	ended  chan struct{}
+
+	mu  sync.Mutex
+	log bytes.Buffer
+}
+
+// Write keeps what the process says.
+func (p *process) Write(b []byte) (int, error) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log.Write(b)
+}
+
+func (p *process) said() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.log.String()
+}
+
+func start(tb testing.TB, dir string, env ...string) *process {
+	tb.Helper()
+	cmd := exec.Command(os.Args[0], "serve", "--socket", dir+"/p.sock", "--state", dir)
+	cmd.Env = append(os.Environ(), append(env, asMain+"=1")...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET}
+	return startCmd(tb, dir, cmd)
+}
+
+func startCmd(tb testing.TB, dir string, cmd *exec.Cmd) *process {
+	tb.Helper()
+	p := &process{Cmd: cmd, dir: dir, ended: make(chan struct{})}
+	p.Stdout, p.Stderr = p, p
+	if err := p.Start(); err != nil {
+		tb.Fatalf("start weft in a network namespace: %v", err)
+	}
+	go func() {
+		_ = p.Wait() // the state is looked at
+		close(p.ended)
+	}()
+	p.client = &http.Client{Timeout: 15 * time.Second, Transport: &http.Transport{
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			return (&net.Dialer{}).DialContext(ctx, "unix", dir+"/p.sock")
+		},
+	}}
+	tb.Cleanup(func() {
+		_ = p.Process.Kill()
+		<-p.ended
+		if tb.Failed() {
+			tb.Logf("weft said:\n%s", p.said())
+		}
+	})
+	for range 300 {
+		conn, err := net.Dial("unix", dir+"/p.sock")
+		if err == nil {
+			_ = conn.Close()
+			return p
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	tb.Fatal("weft does not listen")
+	return nil
+}
+
+// call makes one call of the engine and decodes its answer.
+func (p *process) call(tb testing.TB, method, body string) (int, map[string]any) {
+	tb.Helper()
+	resp, err := p.client.Post("http://weft/"+method, "", strings.NewReader(body))
+	if err != nil {
+		tb.Fatalf("%s: %v", method, err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		tb.Fatalf("%s: %v", method, err)
+	}
+	var m map[string]any
+	if err := json.Unmarshal(b, &m); err != nil {
+		tb.Fatalf("%s: %q: %v", method, b, err)
+	}
+	return resp.StatusCode, m
+}
+
+// must is call for those that have to succeed.
+func (p *process) must(tb testing.TB, method, body string) map[string]any {
+	tb.Helper()
+	status, m := p.call(tb, method, body)
+	if status != 200 {
+		tb.Fatalf("%s %s: %d %v", method, body, status, m)
+	}
+	return m
+}
+
+func (p *process) status(tb testing.TB) document {
+	tb.Helper()
+	var d document
+	var err error
+	for range 100 { // its socket comes after the engine's
+		if err = admin.Get(tb.Context(), filepath.Join(p.dir, adminSocket), admin.PathStatus, &d); err == nil {
+			return d
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	tb.Fatal(err)
+	return d
+}
+
+// stop asks the process to end and returns how long it took.
+func (p *process) stop(t *testing.T) time.Duration {
+	t.Helper()
+	begin := time.Now()
+	if err := p.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-p.ended:
+	case <-time.After(12 * time.Second):
+		t.Fatal("weft does not stop")
+	}
+	if code := p.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("weft exited with %d", code)
+	}
+	return time.Since(begin)
+}
+
+const (
+	netID = "f00df00df00df00df00df00df00df00df00df00df00df00df00df00df00df00d"
+	epID  = "cafecafecafecafecafecafecafecafecafecafecafecafecafecafecafecafe"
+)
+
+func TestServe(t *testing.T) {
+	dir := t.TempDir()
+	p := start(t, dir)
+	if got := p.must(t, "Plugin.Activate", ""); fmt.Sprint(got["Implements"]) != "[NetworkDriver IpamDriver]" {
+		t.Errorf("Activate: %v", got)
+	}
+	if got := p.must(t, "NetworkDriver.GetCapabilities", ""); got["Scope"] != "local" {
+		t.Errorf("capabilities: %v", got)
+	}
+	space := p.must(t, "IpamDriver.GetDefaultAddressSpaces", "")["LocalDefaultAddressSpace"]
+	pool := p.must(t, "IpamDriver.RequestPool", fmt.Sprintf(`{"AddressSpace":%q,"Pool":"10.99.0.0/24","SubPool":"","Options":null,"V6":false}`, space))
+	if addr := p.must(t, "IpamDriver.RequestAddress", fmt.Sprintf(`{"PoolID":%q,"Address":"10.99.0.2","Options":null}`, pool["PoolID"])); addr["Address"] != "10.99.0.2/24" {
+		t.Errorf("RequestAddress: %v", addr)
+	}
+	p.must(t, "NetworkDriver.CreateNetwork", `{"NetworkID":"`+netID+`","Options":{"com.docker.network.generic":{}},`+
+		`"IPv4Data":[{"AddressSpace":"l","Pool":"10.99.0.0/24","Gateway":"10.99.0.1/24"}],"IPv6Data":[]}`)
+	p.must(t, "NetworkDriver.CreateEndpoint", `{"NetworkID":"`+netID+`","EndpointID":"`+epID+`","Interface":{"Address":"10.99.0.2/24"},"Options":{}}`)
+	join := p.must(t, "NetworkDriver.Join", `{"NetworkID":"`+netID+`","EndpointID":"`+epID+`","SandboxKey":"/x","Options":{}}`)
+	if join["Gateway"] != "10.99.0.1" {
+		t.Errorf("Join: %v", join)
+	}
+	d := p.status(t)
+	if d.Phase != serving || len(d.Networks) != 1 || d.Networks[0].ID != netID || len(d.Endpoints) != 1 || len(d.Pools) != 1 || d.Pools[0].Used == 0 {
+		t.Errorf("status: %+v", d)
+	}
+	if took := p.stop(t); took > 3*time.Second {
+		t.Errorf("an idle plugin took %v to stop", took)
+	}
+	for _, s := range []string{"p.sock", adminSocket} {
+		if _, err := os.Lstat(filepath.Join(dir, s)); !os.IsNotExist(err) {
+			t.Errorf("%s after stop: %v", s, err)
+		}
+	}
+}
+
+// A kill leaves its sockets behind and the files locked for an instant.
+func TestServeAfterKill(t *testing.T) {
+	dir := t.TempDir()
+	first := start(t, dir)
+	first.must(t, "NetworkDriver.CreateNetwork", `{"NetworkID":"`+netID+`","Options":{"com.docker.network.generic":{}},`+
+		`"IPv4Data":[{"AddressSpace":"l","Pool":"10.99.0.0/24","Gateway":"10.99.0.1/24"}],"IPv6Data":[]}`)
+	if err := first.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	<-first.ended
+	second := start(t, dir)
+	second.must(t, "NetworkDriver.EndpointOperInfo", `{"NetworkID":"`+netID+`","EndpointID":"`+epID+`"}`)
+	if d := second.status(t); d.Phase != serving || len(d.Networks) != 1 {
+		t.Errorf("status: %+v", d)
+	}
+	second.stop(t)
+}
+
+// Nothing that is wrong with the state ends the process; once it is mended,
+// calls are served.
+func TestServeDamagedDatabase(t *testing.T) {
+	dir := t.TempDir()
+	db := filepath.Join(dir, "weft.db")
+	damaged := bytes.Repeat([]byte("not a database. "), 4096)
+	if err := os.WriteFile(db, damaged, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := start(t, dir)
+	p.must(t, "NetworkDriver.GetCapabilities", "")
+	status, m := p.call(t, "NetworkDriver.Leave", `{"NetworkID":"n","EndpointID":"e"}`)
+	if text := fmt.Sprint(m["Err"]); status != 500 || !strings.Contains(text, db) || m["Err"] != m["Error"] {
+		t.Errorf("Leave: %d %v", status, m)
+	}
+	if d := p.status(t); d.Phase != failed || !strings.Contains(d.Error, db) {
+		t.Errorf("status: %+v", d)
+	}
+	if b, err := os.ReadFile(db); err != nil || !bytes.Equal(b, damaged) {
+		t.Errorf("the damaged file was changed (%v)", err)
+	}
+	if err := os.Rename(db, db+".bad"); err != nil {
+		t.Fatal(err)
+	}
+	for i := 0; ; i++ {
+		if status, m = p.call(t, "NetworkDriver.Leave", `{"NetworkID":"n","EndpointID":"e"}`); status == 200 {
+			break
+		}
+		if i == 100 {
+			t.Fatalf("still refused: %v", m)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if n := strings.Count(p.said(), "recovery failed"); n != 1 {
+		t.Errorf("the failure was logged %d times", n)
+	}
+	p.stop(t)
+}
+
+func TestServeUnusableSettings(t *testing.T) {
+	p := start(t, t.TempDir(), "LOG_LEVEL=loud")
+	p.must(t, "NetworkDriver.Leave", `{"NetworkID":"n","EndpointID":"e"}`)
+	if !strings.Contains(p.said(), "LOG_LEVEL") {
+		t.Error("LOG_LEVEL=loud was not complained about")
+	}
+	p.stop(t)
+	p = start(t, t.TempDir(), "POOLS=10.0.0.0/99")
+	status, m := p.call(t, "NetworkDriver.Leave", `{"NetworkID":"n","EndpointID":"e"}`)
+	if text := fmt.Sprint(m["Err"]); status != 500 || !strings.Contains(text, "POOLS") || !strings.Contains(text, "10.0.0.0/99") {
+		t.Errorf("with POOLS=10.0.0.0/99: %d %v", status, m)
+	}
+	p.stop(t)
+}
+
+// The second of two is refused and disturbs nothing.
+func TestServeTwice(t *testing.T) {
+	dir := t.TempDir()
+	first := start(t, dir)
+	second := exec.Command(os.Args[0], "serve", "--socket", dir+"/p.sock", "--state", dir)
+	second.Env = append(os.Environ(), asMain+"=1")
+	out, err := second.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "another process answers") {
+		t.Errorf("the second: %v, %s", err, out)
+	}
+	first.must(t, "NetworkDriver.Leave", `{"NetworkID":"n","EndpointID":"e"}`)
+	first.stop(t)
+}
+
+// The promise is 25 MB for an idle plugin.
+func TestIdleMemory(t *testing.T) {
+	p := start(t, t.TempDir())
+	p.must(t, "NetworkDriver.Leave", `{"NetworkID":"n","EndpointID":"e"}`)
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.Process.Pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(b), "VmRSS:")
+	fields := strings.Fields(rest)
+	if len(fields) == 0 {
+		t.Fatalf("no VmRSS in %s", b)
+	}
+	kib, err := strconv.Atoi(fields[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("resident: %d KiB", kib)
+	if kib > 25*1000*1000/1024 && !raceEnabled {
+		t.Errorf("resident: %d KiB, promised are 25 MB", kib)
+	}
+	p.stop(t)
+}
