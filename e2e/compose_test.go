@@ -1,0 +1,147 @@
+//go:build e2e
+
+package e2e
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// standIns are the images that the examples name, made of the probe: no
+// registry can be reached here, and the probe answers on the same ports.
+var standIns = map[string]string{
+	"nginx:alpine": `CMD ["/probe","serve","tcp:80"]`,
+	"redis:alpine": `CMD ["/probe","serve","tcp:6379"]`,
+}
+
+// example is what is asked of one file of examples/.
+type example struct {
+	before func(w *world) // what the host has to have
+	probes []probe
+}
+
+func exampleTable() map[string]example {
+	return map[string]example{
+		"compose.yaml": {probes: []probe{
+			{name: "from outside", ask: dial("client", "tcp", "host:8080", "-wait", "5s"), want: "web sees client"},
+			{name: "to the cache by name", ask: dial("web", "tcp", "name/cache:6379"), want: "cache sees web@back"},
+			{name: "web to outside", ask: dial("web", "tcp", "client:7000"), want: "client sees host"},
+			{name: "cache to outside", ask: dial("cache", "tcp", "client:7000"), want: "unreachable"},
+		}},
+		"addresses.yaml": {probes: []probe{
+			{name: "from outside", ask: dial("client", "tcp", "host:8080", "-wait", "5s"), want: "web sees client"},
+			{name: "from outside, IPv6", ask: dial("client", "tcp", "host6:8080"), want: "web sees client"},
+			{name: "addresses", ask: fact("web", func(_ *world, ifs []iface) string { return strings.Join(ifs[0].Addrs, " ") }), want: "10.42.0.10/24 fd42::10/64"},
+			{name: "interface", ask: fact("web", interfaceFacts), want: "eth0 mtu 1400 up"},
+			{name: "bridge", ask: func(w *world) string { return strings.Fields(w.e.net(w, "ip", "-br", "link", "show", "lab0"))[0] }, want: "lab0"},
+		}},
+		"existing-bridge.yaml": {
+			before: func(w *world) {
+				w.e.net(w, "ip", "link", "add", "br0", "type", "bridge")
+				w.e.net(w, "ip", "addr", "add", "10.43.0.1/24", "dev", "br0")
+				w.e.net(w, "ip", "link", "set", "br0", "up")
+			},
+			probes: []probe{
+				{name: "from the host", ask: dial("host", "tcp", "web:80", "-wait", "5s"), want: "web sees 10.43.0.1"},
+			},
+		},
+		"routed.yaml": {probes: []probe{
+			{name: "from outside at its own address", ask: dial("client", "tcp", "web:80", "-wait", "5s"), want: "web sees client"},
+			{name: "to outside", ask: dial("web", "tcp", "client:7000"), want: "client sees web"},
+		}},
+		"isolated-tenants.yaml": {probes: []probe{
+			{name: "from outside", ask: dial("client", "tcp", "host:8081", "-wait", "5s"), want: "one sees client"},
+			{name: "from outside, host only", ask: dial("client", "tcp", "host:8082"), want: "refused"},
+			{name: "from the host", ask: dial("host", "tcp", "lo:8082"), want: "two sees gateway"},
+			{name: "one to the other", ask: dial("one", "tcp", "two:80"), want: "timeout"},
+		}},
+	}
+}
+
+// TestExamples runs every file of examples/ with Compose.
+func TestExamples(t *testing.T) {
+	t.Parallel()
+	e := newEngine(t, nil)
+	e.installPlugin(t)
+	e.lan.client.serve(t, "tcp:7000")
+	for name, cmd := range standIns {
+		e.must(t, "import", "--change", cmd, suite.image, name)
+	}
+	files, err := filepath.Glob("../examples/*")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("examples: %v, %v", files, err)
+	}
+	table := exampleTable()
+	for _, f := range files {
+		x, ok := table[filepath.Base(f)]
+		if !ok {
+			t.Errorf("%s is not tested", f)
+			continue
+		}
+		t.Run(filepath.Base(f), func(t *testing.T) { e.runExample(t, f, x) })
+	}
+}
+
+func (e *engine) runExample(t *testing.T, file string, x example) {
+	t.Helper()
+	w := newWorld(t, e, ours)
+	if x.before != nil {
+		x.before(w)
+	}
+	if err := e.compose(file, "example", "up", "-d"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := e.compose(file, "example", "down"); err != nil {
+			t.Error(err)
+		}
+		e.checkClean(t)
+	}()
+	w.lookCompose()
+	for _, p := range x.probes {
+		if got := p.ask(w); got != p.want {
+			t.Errorf("%s: %q, want %q", p.name, got, p.want)
+		}
+	}
+}
+
+// lookCompose knows the containers by their services' names.
+func (w *world) lookCompose() {
+	w.Helper()
+	for id := range strings.FieldsSeq(w.e.must(w, "ps", "-q")) {
+		service := w.e.must(w, "inspect", "-f", `{{index .Config.Labels "com.docker.compose.service"}}`, id)
+		w.pids[service] = w.e.must(w, "inspect", "-f", "{{.State.Pid}}", id)
+		// The probe says its host name, which Compose leaves to the engine.
+		host := w.e.must(w, "inspect", "-f", "{{.Config.Hostname}}", id)
+		w.names[host] = service
+		nets := w.e.must(w, "inspect", "-f", `{{range $n, $x := .NetworkSettings.Networks}}{{$n}} {{$x.IPAddress}} {{$x.Gateway}}{{"\n"}}{{end}}`, id)
+		lines := strings.Split(nets, "\n")
+		for _, l := range lines {
+			f := strings.Fields(l)
+			symbol := service
+			if len(lines) > 1 {
+				_, net, _ := strings.Cut(f[0], "_")
+				symbol += "@" + net
+			}
+			w.learn(symbol, f[1])
+			if len(f) > 2 && w.symbol[f[2]] == "" && f[2] != "10.43.0.1" {
+				w.learn("gateway", f[2])
+			}
+		}
+	}
+}
+
+// compose runs docker-compose against this engine.
+func (e *engine) compose(file, project string, args ...string) error {
+	name, err := exec.LookPath("docker-compose")
+	if err != nil {
+		return err
+	}
+	c := exec.Command(name, append([]string{"-f", file, "-p", project}, args...)...)
+	c.Env = append(os.Environ(), "DOCKER_HOST=unix://"+e.socket(), "DOCKER_CONFIG="+e.dir, "COMPOSE_HTTP_TIMEOUT=120")
+	_, err = output(c)
+	return err
+}

@@ -1,0 +1,24 @@
+// Package e2e runs weft as users run it: a real engine, the managed plugin
+// created and enabled in it, containers, and a client on another machine.
+//
+// Owns: machines made of namespaces (machine_test.go), engines in them
+// (engine_test.go), the parity table against the built-in bridge driver
+// (parity_test.go, table_*_test.go), faults, Compose files of examples/ and
+// the benchmarks that need an engine.
+//
+// Never: imports the code under test. It knows the plugin by its bundle
+// (build/plugin), its driver name and the output of "weft status --json".
+//
+// A machine is one process with a network, mount, host name and process
+// namespace of its own; when that process ends, for whatever reason, the
+// kernel ends everything that ran in them and removes every link. So a test
+// that is killed leaves nothing but a directory.
+//
+// All files but this one carry the build tag e2e: they need root and an
+// engine. Settings: ENGINE=20 (docker.io of this machine, the default) or 28
+// (Debian sid, bootstrapped once into WEFT_CACHE, default
+// ${XDG_CACHE_HOME:-/var/cache}/weft/engine-28); E2E_DRIVER=builtin runs only
+// the built-in column of the parity table, for work on the harness itself;
+// E2E_IPAM=engine gives networks of ours the engine's addresses; E2E_LOGS=DIR
+// keeps the daemon logs of failed tests.
+package e2e

@@ -1,0 +1,248 @@
+//go:build e2e
+
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// answer is what the server says and the dialer prints.
+type answer struct {
+	Name string `json:"name,omitempty"` // host name of the server
+	Src  string `json:"src,omitempty"`  // client's address as the server saw it
+	Err  string `json:"err,omitempty"`
+}
+
+// serve listens on every "proto:port" or "proto:address:port" until it is
+// ended.
+func serve(specs []string) error {
+	if len(specs) == 0 {
+		specs = []string{"tcp:80"}
+	}
+	// Process 1 of a container gets no signal that it does not ask for, and
+	// would cost every stop the engine's whole patience.
+	stop, cancel := signal.NotifyContext(context.Background(), syscall.SIGTERM)
+	defer cancel()
+	done := make(chan error, len(specs))
+	for _, s := range specs {
+		proto, addr, ok := strings.Cut(s, ":")
+		if !ok {
+			return fmt.Errorf("serve %q: want proto:port", s)
+		}
+		if !strings.Contains(addr, ":") {
+			addr = ":" + addr
+		}
+		if strings.HasPrefix(proto, "udp") {
+			c, err := persist(func() (net.PacketConn, error) { return net.ListenPacket(proto, addr) })
+			if err != nil {
+				return err
+			}
+			go func() { done <- serveUDP(c) }()
+			continue
+		}
+		l, err := persist(func() (net.Listener, error) { return net.Listen(proto, addr) })
+		if err != nil {
+			return err
+		}
+		go func() { done <- serveTCP(l) }()
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-stop.Done():
+		return nil
+	}
+}
+
+// persist repeats listen while the port is taken: whoever asks whether the
+// server is there yet takes it for a moment.
+func persist[T any](listen func() (T, error)) (T, error) {
+	for try := 0; ; try++ {
+		l, err := listen()
+		if try == 50 || !errors.Is(err, syscall.EADDRINUSE) {
+			return l, err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func reply(src net.Addr) []byte {
+	name, _ := os.Hostname()
+	a := answer{Name: name, Src: src.String()}
+	if ap, err := netip.ParseAddrPort(src.String()); err == nil {
+		a.Src = ap.Addr().Unmap().WithZone("").String()
+	}
+	b, _ := json.Marshal(a)
+	return append(b, '\n')
+}
+
+// serveTCP answers every line with one line, so that a client can hold a
+// connection open and see that it still works.
+func serveTCP(l net.Listener) error {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return err
+		}
+		go func() {
+			defer func() { _ = c.Close() }() // nothing is lost with it
+			r := bufio.NewScanner(c)
+			for r.Scan() {
+				if _, err := c.Write(reply(c.RemoteAddr())); err != nil {
+					return
+				}
+			}
+		}()
+	}
+}
+
+func serveUDP(c net.PacketConn) error {
+	buf := make([]byte, 2048)
+	for {
+		_, from, err := c.ReadFrom(buf)
+		if err != nil {
+			return err
+		}
+		if _, err := c.WriteTo(reply(from), from); err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
+			return err
+		}
+	}
+}
+
+// dial connects once and prints the answer, or why there is none.
+func dial(args []string, out io.Writer) error {
+	fs := flag.NewFlagSet("dial", flag.ContinueOnError)
+	timeout := fs.Duration("timeout", time.Second, "for the whole exchange")
+	wait := fs.Duration("wait", 0, "try again for this long until it works")
+	if err := fs.Parse(args); err != nil {
+		return err
+	}
+	if fs.NArg() != 2 {
+		return errors.New("usage: probe dial [-timeout D] [-wait D] tcp|udp[4|6] address:port")
+	}
+	end := time.Now().Add(*wait)
+	for {
+		a, err := exchange(fs.Arg(0), fs.Arg(1), *timeout)
+		if err == nil {
+			return json.NewEncoder(out).Encode(a)
+		}
+		if time.Now().After(end) {
+			return json.NewEncoder(out).Encode(answer{Err: word(err)})
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+func exchange(proto, addr string, timeout time.Duration) (answer, error) {
+	var a answer
+	end := time.Now().Add(timeout)
+	d := net.Dialer{Deadline: end}
+	c, err := d.Dial(proto, addr)
+	if err != nil {
+		return a, err
+	}
+	defer func() { _ = c.Close() }() // nothing is lost with it
+	if err := c.SetDeadline(end); err != nil {
+		return a, err
+	}
+	if _, err := io.WriteString(c, "who\n"); err != nil {
+		return a, err
+	}
+	line, err := bufio.NewReader(c).ReadBytes('\n')
+	if err != nil {
+		return a, err
+	}
+	return a, json.Unmarshal(line, &a)
+}
+
+// stream keeps one TCP connection busy until stdin ends, then prints how many
+// answers came and how long the longest one took.
+func stream(args []string, out io.Writer) error {
+	if len(args) != 1 {
+		return errors.New("usage: probe stream address:port")
+	}
+	c, err := net.DialTimeout("tcp", args[0], 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }() // nothing is lost with it
+	stop := make(chan struct{})
+	go func() {
+		defer close(stop)
+		_, _ = io.Copy(io.Discard, os.Stdin)
+	}()
+	var answers int
+	var longest time.Duration
+	for r := bufio.NewReader(c); ; answers++ {
+		select {
+		case <-stop:
+			_, err := fmt.Fprintf(out, "%d %d\n", answers, longest.Milliseconds())
+			return err
+		default:
+		}
+		start := time.Now()
+		if err := c.SetDeadline(start.Add(5 * time.Second)); err != nil {
+			return err
+		}
+		if _, err := io.WriteString(c, "who\n"); err != nil {
+			return fmt.Errorf("after %d answers: %w", answers, err)
+		}
+		if _, err := r.ReadBytes('\n'); err != nil {
+			return fmt.Errorf("after %d answers: %w", answers, err)
+		}
+		longest = max(longest, time.Since(start))
+		time.Sleep(5 * time.Millisecond)
+	}
+}
+
+// free says whether a program could listen on proto and address now.
+func free(args []string, out io.Writer) error {
+	if len(args) != 2 {
+		return errors.New("usage: probe free tcp|udp address:port")
+	}
+	var c io.Closer
+	var err error
+	if strings.HasPrefix(args[0], "udp") {
+		c, err = net.ListenPacket(args[0], args[1])
+	} else {
+		c, err = net.Listen(args[0], args[1])
+	}
+	if err != nil {
+		return json.NewEncoder(out).Encode(answer{Err: word(err)})
+	}
+	return c.Close()
+}
+
+// word names an error as tests compare it.
+func word(err error) string {
+	var dns *net.DNSError
+	var ne net.Error
+	switch {
+	case errors.As(err, &dns):
+		return "no such name"
+	case errors.As(err, &ne) && ne.Timeout():
+		return "timeout"
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "refused"
+	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.EADDRNOTAVAIL):
+		return "unreachable"
+	case errors.Is(err, syscall.EADDRINUSE):
+		return "in use"
+	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
+		return "reset"
+	}
+	return err.Error()
+}
