@@ -144,6 +144,26 @@ func TestEnsureAgainOwnedRemove(t *testing.T) {
 	}
 }
 
+// TestBridgeForwardsIPv6AtOnce: the bridge's link-local address, from which the
+// kernel asks for neighbours when it forwards, is usable as soon as it is there.
+func TestBridgeForwardsIPv6AtOnce(t *testing.T) {
+	k, host := newKernel(t)
+	ensure(t, k, network())
+	container := netnstest.New(t)
+	container.Take("wfap", "eth0", prefix("10.7.0.2/24"))
+	linkLocal := func(more ...string) string {
+		return host.Exec("ip", append([]string{"-6", "-o", "addr", "show", "dev", "wfnet", "scope", "link"}, more...)...)
+	}
+	for stop := time.Now().Add(5 * time.Second); linkLocal() == ""; time.Sleep(time.Millisecond) {
+		if time.Now().After(stop) {
+			t.Fatal("the bridge has no link-local address")
+		}
+	}
+	if got := linkLocal("tentative"); got != "" {
+		t.Errorf("not usable yet: %s", got)
+	}
+}
+
 // TestOwnedPeer: a pair whose container end nobody took can be told from one
 // in use.
 func TestOwnedPeer(t *testing.T) {
@@ -167,7 +187,7 @@ func TestEnsureMends(t *testing.T) {
 		name, damage string
 		changes      int
 	}{
-		{"bridge gone", "ip link del wfnet", 10},     // bridge, 2 sysctls, 2 addresses, 3 ports back in, 2 port flags
+		{"bridge gone", "ip link del wfnet", 11},     // bridge, 3 sysctls, 2 addresses, 3 ports back in, 2 port flags
 		{"bridge down", "ip link set wfnet down", 2}, // takes the IPv6 address with it
 		{"bridge MTU", "ip link set wfnet mtu 1300", 1},
 		{"bridge MAC", "ip link set wfnet address 02:00:00:00:00:99", 1},

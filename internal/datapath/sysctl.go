@@ -106,6 +106,11 @@ func (s *sysctl) bridge(b Bridge, d *done) error {
 	if has6 {
 		// Hosts that switch IPv6 off by default refuse the addresses.
 		want = append(want, setting{"net/ipv6/conf/" + b.Name + "/disable_ipv6", "0"})
+		// The link-local address appears with the bridge's first port. While
+		// the kernel looks for duplicates of it, up to two seconds, it resolves
+		// no neighbour for packets that it forwards (ndisc_send_ns), and nobody
+		// outside reaches the first container. Nothing else has the bridge's MAC.
+		want = append(want, setting{"net/ipv6/conf/" + b.Name + "/accept_dad", "0"})
 	}
 	// A container must not become the host's router by advertising itself.
 	want = append(want, setting{"net/ipv6/conf/" + b.Name + "/accept_ra", "0"})
