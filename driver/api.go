@@ -60,8 +60,11 @@ func (d *Driver) gwAllocCheck(_ context.Context, req plugin.GwAllocCheckRequest)
 // bridge, by which the host reaches its containers, nor the containers.
 func (n Network) skipGateway(f family) bool {
 	o := n.Options
+	if n.onParent() && (o.Parent == "" || o.layer3()) {
+		return true
+	}
 	noRoute := n.Internal || o.Egress == EgressNone || o.Egress == EgressEngine
-	noAddress := o.Bridge != "" || f == ipv4 && o.InhibitIPv4
+	noAddress := n.onParent() || o.Bridge != "" || f == ipv4 && o.InhibitIPv4
 	return o.gateway(f) == GatewayIsolated || noRoute && noAddress
 }
 
@@ -146,7 +149,12 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req wire.CreateEndpoi
 		return resp, err
 	}
 	resp.Interface = &wire.EndpointInterface{}
-	if rec.MAC == (datapath.MAC{}) {
+	switch {
+	case n.rec.Mode == modeIPvlan && rec.MAC != (datapath.MAC{}):
+		return resp, fmt.Errorf("MAC address %s: mode ipvlan has its parent's for all containers: take it away, or use mode=macvlan", rec.MAC)
+	case n.rec.Mode == modeIPvlan, n.rec.Options.SubMode == "passthru":
+		// There is none to choose: it is the parent's.
+	case rec.MAC == (datapath.MAC{}):
 		// What the engine sent filled must come back empty.
 		rec.MAC = endpointMAC(rec.ID, rec.Addrs)
 		resp.Interface.MacAddress = rec.MAC.String()
@@ -210,11 +218,26 @@ func (d *Driver) endpointInfo(_ context.Context, req wire.InfoRequest) (plugin.E
 
 func (d *Driver) handleJoin(ctx context.Context, req wire.JoinRequest) (plugin.JoinResponse, error) {
 	var resp plugin.JoinResponse
-	err := d.use(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
+	ports, err := plugin.ParsePortMap(req.Options)
+	if err != nil {
+		return resp, err
+	}
+	if err := checkIDs(req.NetworkID, req.EndpointID); err != nil {
+		return resp, err
+	}
+	if len(ports) > 0 {
+		if err := d.openAccess(ctx, req.NetworkID); err != nil {
+			return resp, err
+		}
+	}
+	err = d.use(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
 		if e.rec.Left || e.gone {
 			if err := d.revive(ctx, n, e); err != nil {
 				return err
 			}
+		}
+		if err := d.arrive(ctx, n, e); err != nil {
+			return err
 		}
 		d.mu.Lock()
 		e.joined = true

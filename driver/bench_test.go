@@ -1,7 +1,6 @@
 package driver
 
 import (
-	"context"
 	"fmt"
 	"path/filepath"
 	"testing"
@@ -75,7 +74,7 @@ func benchDriver(b *testing.B, there int) *Driver {
 	}
 	b.Cleanup(func() { _ = s.Close() })
 	d, err := New(Config{Networks: s, Endpoints: s, Kernel: newFakeKernel(&faults{}), Backends: map[string]Backend{"bridge": Bridge{}},
-		PathMTU: func(context.Context) (int, error) { return 1500, nil }, Log: quiet()})
+		Host: newFakeHost(newFakeKernel(&faults{}), 1500), Log: quiet()})
 	if err != nil {
 		b.Fatal(err)
 	}

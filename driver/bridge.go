@@ -226,7 +226,7 @@ func (b Bridge) Endpoint(n Network, e Endpoint) datapath.State {
 	existing := n.Options.Bridge != ""
 	for _, a := range e.Addrs {
 		if existing {
-			s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetAttached, Link: b.link(n), Net: host(a.Addr())})
+			s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetAttached, Link: b.link(n), Net: single(a.Addr())})
 		}
 		// Forwarding belongs to endpoints: at our start, before the engine has
 		// set its own networks up, it must not be switched on for their sake.
@@ -240,8 +240,8 @@ func (b Bridge) Endpoint(n Network, e Endpoint) datapath.State {
 	return s
 }
 
-// host is the prefix of one address.
-func host(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
+// single is the prefix of one address.
+func single(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }
 
 // Attach implements Backend.
 func (Bridge) Attach(n Network, e Endpoint) Attachment {

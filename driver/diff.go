@@ -92,6 +92,9 @@ func (p *pass) compare(have datapath.State, want []wanted) difference {
 	}
 	lack := all.Minus(have)
 	lack.Bridges = slices.DeleteFunc(lack.Bridges, func(b datapath.Bridge) bool { return b.Existing })
+	lack.Parents = slices.DeleteFunc(lack.Parents, func(x datapath.Parent) bool { return x.Existing })
+	// One that is not on the host is in its container.
+	lack.Children = slices.DeleteFunc(lack.Children, func(c datapath.Child) bool { return !c.Stays })
 	var x difference
 	if !lack.Empty() {
 		is, lacks := indexOf(have), indexOf(lack)
@@ -115,20 +118,31 @@ func (p *pass) compare(have datapath.State, want []wanted) difference {
 // index tells what is in a State by what identifies it in the kernel: the
 // name of a link, the key of an element, the host's side of a socket.
 type index struct {
-	bridges, veths           map[string]bool
-	elements                 map[datapath.Element]bool
-	sockets                  map[datapath.Socket]bool
-	forward4, forward6, hook bool
+	// Links have one space of names.
+	bridges, parents, children, veths map[string]bool
+	routes                            map[datapath.Route]bool
+	elements                          map[datapath.Element]bool
+	sockets                           map[datapath.Socket]bool
+	forward4, forward6, hook          bool
 }
 
 func indexOf(s datapath.State) index {
 	x := index{
-		bridges: make(map[string]bool, len(s.Bridges)), veths: make(map[string]bool, len(s.Veths)),
+		bridges: make(map[string]bool, len(s.Bridges)), parents: map[string]bool{}, children: map[string]bool{}, routes: map[datapath.Route]bool{}, veths: make(map[string]bool, len(s.Veths)),
 		elements: make(map[datapath.Element]bool, len(s.Elements)), sockets: make(map[datapath.Socket]bool, len(s.Sockets)),
 		forward4: s.Forward4, forward6: s.Forward6, hook: s.Hook,
 	}
 	for _, b := range s.Bridges {
 		x.bridges[b.Name] = true
+	}
+	for _, p := range s.Parents {
+		x.parents[p.Name] = true
+	}
+	for _, c := range s.Children {
+		x.children[c.Name] = true
+	}
+	for _, r := range s.Routes {
+		x.routes[routeKey(r)] = true
 	}
 	for _, v := range s.Veths {
 		x.veths[v.Name] = true
@@ -147,6 +161,8 @@ func (x index) lacks(list []datapath.Veth) bool {
 	return slices.ContainsFunc(list, func(v datapath.Veth) bool { return !x.veths[v.Name] })
 }
 
+func routeKey(r datapath.Route) datapath.Route { return datapath.Route{Link: r.Link, To: r.To} }
+
 func elementKey(e datapath.Element) datapath.Element {
 	e.To, e.ToPort = datapath.Element{}.To, 0
 	return e
@@ -161,6 +177,9 @@ func socketKey(s datapath.Socket) datapath.Socket {
 func (x index) within(s datapath.State) datapath.State {
 	return datapath.State{
 		Bridges:  filter(s.Bridges, func(b datapath.Bridge) bool { return x.bridges[b.Name] && !b.Existing }),
+		Parents:  filter(s.Parents, func(p datapath.Parent) bool { return x.parents[p.Name] && !p.Existing }),
+		Children: filter(s.Children, func(c datapath.Child) bool { return x.children[c.Name] }),
+		Routes:   filter(s.Routes, func(r datapath.Route) bool { return x.routes[routeKey(r)] }),
 		Veths:    filter(s.Veths, func(v datapath.Veth) bool { return x.veths[v.Name] }),
 		Elements: filter(s.Elements, func(e datapath.Element) bool { return x.elements[elementKey(e)] }),
 		Sockets:  filter(s.Sockets, func(k datapath.Socket) bool { return x.sockets[socketKey(k)] }),
@@ -177,6 +196,9 @@ func without(s, other datapath.State) datapath.State {
 	x := indexOf(other)
 	return datapath.State{
 		Bridges:  filter(s.Bridges, func(b datapath.Bridge) bool { return !x.bridges[b.Name] && !b.Existing }),
+		Parents:  filter(s.Parents, func(p datapath.Parent) bool { return !x.parents[p.Name] && !p.Existing }),
+		Children: filter(s.Children, func(c datapath.Child) bool { return !x.children[c.Name] }),
+		Routes:   filter(s.Routes, func(r datapath.Route) bool { return !x.routes[routeKey(r)] }),
 		Veths:    filter(s.Veths, func(v datapath.Veth) bool { return !x.veths[v.Name] }),
 		Elements: filter(s.Elements, func(e datapath.Element) bool { return !x.elements[elementKey(e)] }),
 		Sockets:  filter(s.Sockets, func(k datapath.Socket) bool { return !x.sockets[socketKey(k)] }),

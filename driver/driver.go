@@ -34,15 +34,23 @@ type kernel interface {
 	Reserve(ctx context.Context, r datapath.PortRequest) (uint16, error)
 }
 
+// host is what the driver asks of the host's network.
+type host interface {
+	// PathMTU is the MTU of networks that are given none.
+	PathMTU(ctx context.Context) (int, error)
+	Link(ctx context.Context, name string) (datapath.LinkFacts, bool, error)
+	Bridged(ctx context.Context) ([]netip.Prefix, error)
+	Probe(ctx context.Context, link string, a netip.Addr) (holder datapath.MAC, taken bool, err error)
+}
+
 // Config is what New needs; all of it.
 type Config struct {
 	// Networks survives a reboot, Endpoints need not.
 	Networks, Endpoints records
 	Kernel              kernel
 	Backends            map[string]Backend // by the value of -o mode=
-	// PathMTU is the MTU of networks that are given none.
-	PathMTU func(context.Context) (int, error)
-	Log     logrus.FieldLogger
+	Host                host
+	Log                 logrus.FieldLogger
 }
 
 // Driver is the network driver. See the package's comment for its locks.
@@ -50,7 +58,7 @@ type Driver struct {
 	nets, eps records
 	kernel    kernel
 	backends  map[string]Backend
-	pathMTU   func(context.Context) (int, error)
+	host      host
 	log       logrus.FieldLogger
 	now       func() time.Time
 	started   time.Time
@@ -100,11 +108,11 @@ func New(c Config) (*Driver, error) {
 		return nil, errors.New("network driver: the kernel is missing")
 	case len(c.Backends) == 0:
 		return nil, errors.New("network driver: there is no mode")
-	case c.PathMTU == nil || c.Log == nil:
-		return nil, errors.New("network driver: PathMTU and Log must be set")
+	case c.Host == nil || c.Log == nil:
+		return nil, errors.New("network driver: Host and Log must be set")
 	}
 	return &Driver{
-		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, pathMTU: c.PathMTU, log: c.Log,
+		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, log: c.Log,
 		now: time.Now, started: time.Now(), networks: map[string]*network{},
 	}, nil
 }
@@ -156,10 +164,16 @@ func (d *Driver) networkState(n *network) datapath.State {
 }
 
 func (d *Driver) endpointState(n *network, e *endpoint) datapath.State {
-	if e.rec.Left || e.gone {
+	if e.gone {
 		return datapath.State{}
 	}
-	return d.backends[n.rec.Mode].Endpoint(n.rec, e.rec)
+	s := d.backends[n.rec.Mode].Endpoint(n.rec, e.rec)
+	if e.rec.Left {
+		// The engine moves a sub-interface back to the host and then asks for
+		// its deletion; a veth pair went with Leave.
+		return datapath.State{Children: s.Children}
+	}
+	return s
 }
 
 // find returns a network by its ID, or nil, and what unlocks it: it is locked
@@ -245,6 +259,9 @@ func (d *Driver) make(ctx context.Context, n *network) error {
 	if _, err := d.kernel.Ensure(ctx, d.networkState(n)); err != nil {
 		return err
 	}
+	if err := d.tryParent(ctx, n); err != nil {
+		return err
+	}
 	rec := n.rec
 	rec.Pending = false
 	if err := d.saveNetwork(ctx, n, rec); err != nil {
@@ -272,8 +289,9 @@ func (d *Driver) complete(ctx context.Context, rec *Network, old *network) error
 		rec.MTU = rec.Options.MTU
 	case old != nil:
 		rec.MTU = old.rec.MTU // the path may have changed since
+	case rec.onParent() && rec.Options.Parent != "": // the parent's
 	default:
-		mtu, err := d.pathMTU(ctx)
+		mtu, err := d.host.PathMTU(ctx)
 		if err != nil {
 			return fmt.Errorf("find the MTU of the way out: %w: give one with -o mtu=1500", err)
 		}
@@ -281,6 +299,12 @@ func (d *Driver) complete(ctx context.Context, rec *Network, old *network) error
 	}
 	if err := d.adoptBridge(ctx, rec, old); err != nil {
 		return err
+	}
+	if rec.onParent() {
+		if err := d.findParent(ctx, rec, old); err != nil {
+			return err
+		}
+		rec.Access = rec.Access || rec.Options.HostAccess
 	}
 	return d.backends[rec.Mode].Validate(rec)
 }
@@ -367,6 +391,9 @@ func (d *Driver) inTheWay(rec Network, o *network) error {
 				return fmt.Errorf("subnet %s overlaps with one of network %s", s.Pool, short(o.rec.ID))
 			}
 		}
+	}
+	if err := rec.atOdds(o.rec); err != nil {
+		return err
 	}
 	for _, b := range d.backends[rec.Mode].Network(rec).Bridges {
 		for _, other := range d.networkState(o).Bridges {

@@ -22,7 +22,7 @@ func (d *Driver) createEndpoint(ctx context.Context, n *network, rec Endpoint) e
 		return d.recreate(ctx, n, e, rec)
 	}
 	if err = d.save(ctx, e, rec); err == nil {
-		err = d.firstEndpoint(ctx, d.endpointState(n, e))
+		err = d.firstEndpoint(ctx, n, d.endpointState(n, e))
 	}
 	if err == nil {
 		err = ctx.Err() // the engine was told that it failed, and never deletes it
@@ -39,12 +39,14 @@ func (d *Driver) createEndpoint(ctx context.Context, n *network, rec Endpoint) e
 // hook again: at boot we start before the engine has set FORWARD to DROP, when
 // none seemed to be needed. It has by the time it starts containers, and they
 // should not wait for the next pass. Later ones pay for no look at others' rules.
-func (d *Driver) firstEndpoint(ctx context.Context, s datapath.State) error {
-	s.Hook = !d.hooked.Load()
+func (d *Driver) firstEndpoint(ctx context.Context, n *network, s datapath.State) error {
+	s.Hook = !d.hooked.Load() && d.networkState(n).Hook
 	if _, err := d.kernel.Ensure(ctx, s); err != nil {
 		return err
 	}
-	d.hooked.Store(true)
+	if s.Hook {
+		d.hooked.Store(true)
+	}
 	return nil
 }
 
@@ -173,8 +175,14 @@ func (d *Driver) evict(ctx context.Context, n *network, e *endpoint) error {
 	if err != nil {
 		return err
 	}
-	if v, ok := veth(have, hostEnd(e.rec.ID)); ok && (v.Peer == "" || e.joined || !e.loaded) {
+	switch n.place(have, e.rec) {
+	case inContainer:
 		return held(e)
+	case onHost:
+		if e.joined || !e.loaded {
+			return held(e)
+		}
+	case nowhere:
 	}
 	d.log.WithField("network", n.rec.ID).WithField("endpoint", e.rec.ID).
 		Warnf("forgotten: nobody uses its link any more, and its address %s is given out again", e.rec.addresses())
@@ -258,6 +266,9 @@ func (d *Driver) become(ctx context.Context, n *network, e *endpoint, rec Endpoi
 		}
 	}
 	after := d.endpointState(n, e)
+	if old.Joined && rec.Joined {
+		after.Children, before.Children = nil, nil // the container's, and out of sight
+	}
 	if _, err := d.kernel.Ensure(ctx, after); err != nil {
 		ctx, cancel := cleanup(ctx)
 		defer cancel()
@@ -292,6 +303,10 @@ func (d *Driver) program(ctx context.Context, n *network, e *endpoint, options m
 	}
 	if e.gone {
 		return errors.New("the endpoint's link is gone: disconnect and connect the container again")
+	}
+	if len(wishes) > 0 && n.rec.onParent() && !n.rec.Options.reachable() {
+		return fmt.Errorf("publish port %d/%s: %s keeps the host from the container: use %s, or publish no ports",
+			wishes[0].targets[0].to.Port(), wishes[0].proto, n.rec.Options.keepsOut(n.rec.Mode), n.rec.Options.letsIn(n.rec.Mode))
 	}
 	ports, err := d.choose(ctx, e.rec.Ports, wishes)
 	if err != nil {
@@ -331,6 +346,7 @@ func (d *Driver) leave(ctx context.Context, n *network, e *endpoint) error {
 	}
 	rec := e.rec
 	rec.Left, rec.Programmed, rec.Hairpin, rec.Ports = true, false, false, nil
+	rec.Joined, rec.Reach, rec.Host, rec.Near = false, false, nil, nil
 	d.mu.Lock()
 	e.joined, e.gone = false, false
 	d.mu.Unlock()

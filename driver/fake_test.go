@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"sync"
+	"testing"
 	"time"
 
 	"github.com/weftnet/weft/internal/datapath"
@@ -86,6 +88,10 @@ type fakeKernel struct {
 	bridges  map[string]datapath.Bridge
 	veths    map[string]datapath.Veth
 	home     map[string]bool // veths whose peer is in the host's namespace
+	parents  map[string]datapath.Parent
+	children map[string]datapath.Child // those on the host
+	inside   map[string]datapath.Child // those in containers
+	routes   map[datapath.Route]datapath.Route
 	elements map[datapath.Element]datapath.Element
 	sockets  map[datapath.Socket]datapath.Socket // by key; the zero To is a reservation
 	forward4 bool
@@ -103,7 +109,8 @@ type fakeKernel struct {
 func newFakeKernel(f *faults) *fakeKernel {
 	return &fakeKernel{
 		faults: f, bridges: map[string]datapath.Bridge{}, veths: map[string]datapath.Veth{}, home: map[string]bool{},
-		elements: map[datapath.Element]datapath.Element{}, sockets: map[datapath.Socket]datapath.Socket{},
+		parents: map[string]datapath.Parent{}, children: map[string]datapath.Child{}, inside: map[string]datapath.Child{},
+		routes: map[datapath.Route]datapath.Route{}, elements: map[datapath.Element]datapath.Element{}, sockets: map[datapath.Socket]datapath.Socket{},
 		foreign: map[string]bool{}, taken: map[netip.AddrPort]bool{}, made: map[string]int{},
 	}
 }
@@ -151,6 +158,11 @@ func (k *fakeKernel) ensure(s datapath.State, made *datapath.State) (lines []str
 			k.bridges[b.Name] = b
 			say(b)
 		}
+	}
+	more, err := k.ensureChildren(s, made)
+	lines = append(lines, more...)
+	if err != nil {
+		return nil, err
 	}
 	for _, v := range s.Veths {
 		if _, ours := k.bridges[v.Master]; !ours && !k.foreign[v.Master] {
@@ -204,6 +216,57 @@ func (k *fakeKernel) ensure(s datapath.State, made *datapath.State) (lines []str
 	return lines, nil
 }
 
+// ensureChildren is the part about parents; k.mu is held.
+func (k *fakeKernel) ensureChildren(s datapath.State, made *datapath.State) (lines []string, err error) {
+	say := func(x any) { lines = append(lines, fmt.Sprint(x)) }
+	for _, p := range s.Parents {
+		_, ok := k.parents[p.Name]
+		switch {
+		case p.Existing && !ok && !k.foreign[p.Name]:
+			return nil, fmt.Errorf("parent %s does not exist", p.Name)
+		case p.Existing || ok:
+		case p.Lower != "" && !k.there(p.Lower):
+			return nil, fmt.Errorf("make %s: %s does not exist", p.Name, p.Lower)
+		default:
+			k.parents[p.Name] = p
+			made.Parents = append(made.Parents, p)
+			say(p)
+		}
+	}
+	for _, c := range s.Children {
+		if !k.there(c.Parent) {
+			return nil, fmt.Errorf("make %s: parent %s does not exist", c.Name, c.Parent)
+		}
+		have, ok := k.children[c.Name]
+		if ok && (!c.Stays || fmt.Sprint(have) == fmt.Sprint(c)) {
+			continue
+		}
+		if !ok {
+			made.Children = append(made.Children, c)
+		}
+		k.children[c.Name] = c
+		say(c)
+	}
+	for _, r := range s.Routes {
+		if _, ok := k.children[r.Link]; !ok {
+			return nil, fmt.Errorf("route to %s: %s does not exist", r.To, r.Link)
+		}
+		if have, ok := k.routes[routeKey(r)]; ok && have.MAC == r.MAC {
+			continue
+		}
+		k.routes[routeKey(r)] = r
+		made.Routes = append(made.Routes, r)
+		say(r)
+	}
+	return lines, nil
+}
+
+// there reports whether a link exists that others can hang on; k.mu is held.
+func (k *fakeKernel) there(name string) bool {
+	_, ours := k.parents[name]
+	return ours || k.foreign[name]
+}
+
 func (k *fakeKernel) Remove(ctx context.Context, s datapath.State) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -244,12 +307,27 @@ func (k *fakeKernel) remove(s datapath.State) {
 	for _, v := range s.Veths {
 		k.unlink(v.Name)
 	}
+	for _, r := range s.Routes {
+		delete(k.routes, routeKey(r))
+	}
+	for _, c := range s.Children {
+		k.dropChild(c.Name)
+	}
+	for _, p := range s.Parents {
+		delete(k.parents, p.Name)
+	}
 	for _, b := range s.Bridges {
 		delete(k.bridges, b.Name)
 	}
 	if s.Hook {
 		k.hook = false
 	}
+}
+
+// dropChild deletes a sub-interface on the host, and the routes that lead by it.
+func (k *fakeKernel) dropChild(name string) {
+	delete(k.children, name)
+	maps.DeleteFunc(k.routes, func(r, _ datapath.Route) bool { return r.Link == name })
 }
 
 func (k *fakeKernel) unlink(name string) {
@@ -281,6 +359,15 @@ func (k *fakeKernel) owned() datapath.State {
 		v.PeerMAC = datapath.MAC{} // not to be seen from here
 		s.Veths = append(s.Veths, v)
 	}
+	for _, p := range k.parents {
+		s.Parents = append(s.Parents, p)
+	}
+	for _, c := range k.children {
+		s.Children = append(s.Children, c)
+	}
+	for _, r := range k.routes {
+		s.Routes = append(s.Routes, datapath.Route{Link: r.Link, To: r.To, MAC: r.MAC})
+	}
 	for _, e := range k.elements {
 		s.Elements = append(s.Elements, e)
 	}
@@ -290,6 +377,9 @@ func (k *fakeKernel) owned() datapath.State {
 		}
 	}
 	slices.SortFunc(s.Bridges, func(a, b datapath.Bridge) int { return compareText(a, b) })
+	slices.SortFunc(s.Parents, func(a, b datapath.Parent) int { return compareText(a, b) })
+	slices.SortFunc(s.Children, func(a, b datapath.Child) int { return compareText(a, b) })
+	slices.SortFunc(s.Routes, func(a, b datapath.Route) int { return compareText(a, b) })
 	slices.SortFunc(s.Veths, func(a, b datapath.Veth) int { return compareText(a, b) })
 	slices.SortFunc(s.Sockets, func(a, b datapath.Socket) int { return compareText(a, b) })
 	return s
@@ -346,6 +436,10 @@ func (k *fakeKernel) reboot() {
 	clear(k.bridges)
 	clear(k.veths)
 	clear(k.home)
+	clear(k.parents)
+	clear(k.children)
+	clear(k.inside)
+	clear(k.routes)
 	clear(k.elements)
 	k.forward4, k.forward6, k.hook = false, false, false
 }
@@ -355,6 +449,85 @@ func (k *fakeKernel) moveIn(host string) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.home[host] = false
+}
+
+// carry is what the engine does with a sub-interface after Join.
+func (k *fakeKernel) carry(t *testing.T, name string) {
+	t.Helper()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	c, ok := k.children[name]
+	if !ok {
+		t.Errorf("there is no %s to move", name)
+	}
+	delete(k.children, name)
+	k.inside[name] = c
+}
+
+// carryBack is what it does after Leave; a container that died has none left.
+func (k *fakeKernel) carryBack(name string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if c, ok := k.inside[name]; ok {
+		delete(k.inside, name)
+		k.children[name] = c
+	}
+}
+
+// fakeHost is the host's network as the driver sees it.
+type fakeHost struct {
+	kernel *fakeKernel
+	mtu    int
+
+	mu      sync.Mutex
+	links   map[string]datapath.LinkFacts
+	bridged []netip.Prefix
+	holders map[netip.Addr]datapath.MAC // stations of the LAN
+	probes  []string                    // what was asked for
+}
+
+func (h *fakeHost) PathMTU(context.Context) (int, error) { return h.mtu, nil }
+
+func (h *fakeHost) Link(_ context.Context, name string) (datapath.LinkFacts, bool, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if f, ok := h.links[name]; ok {
+		return f, true, nil
+	}
+	h.kernel.mu.Lock()
+	defer h.kernel.mu.Unlock()
+	if _, ok := h.kernel.parents[name]; ok {
+		return datapath.LinkFacts{Name: name, Kind: "vlan", Ours: true, Up: true, MTU: 1500}, true, nil
+	}
+	return datapath.LinkFacts{}, false, nil
+}
+
+func (h *fakeHost) Bridged(context.Context) ([]netip.Prefix, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.bridged), nil
+}
+
+func (h *fakeHost) Probe(_ context.Context, link string, a netip.Addr) (datapath.MAC, bool, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.probes = append(h.probes, link+" "+a.String())
+	m, taken := h.holders[a]
+	return m, taken, nil
+}
+
+// card adds a network card to the host.
+func (h *fakeHost) card(f datapath.LinkFacts) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.links[f.Name] = f
+	h.kernel.mu.Lock()
+	defer h.kernel.mu.Unlock()
+	h.kernel.foreign[f.Name] = true
+}
+
+func newFakeHost(k *fakeKernel, mtu int) *fakeHost {
+	return &fakeHost{kernel: k, mtu: mtu, links: map[string]datapath.LinkFacts{}, holders: map[netip.Addr]datapath.MAC{}}
 }
 
 // cut deletes a link behind our back.

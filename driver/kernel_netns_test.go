@@ -1,7 +1,6 @@
 package driver
 
 import (
-	"context"
 	"io"
 	"net"
 	"net/netip"
@@ -43,8 +42,7 @@ func (h *machine) start() {
 		h.t.Fatal(err)
 	}
 	h.kernel = k
-	h.d, err = New(Config{Networks: h.nets, Endpoints: h.eps, Kernel: k, Backends: map[string]Backend{"bridge": Bridge{}},
-		PathMTU: func(context.Context) (int, error) { return 1500, nil }, Log: quiet()})
+	h.d, err = New(Config{Networks: h.nets, Endpoints: h.eps, Kernel: k, Backends: allBackends(), Host: k, Log: quiet()})
 	if err != nil {
 		h.t.Fatal(err)
 	}

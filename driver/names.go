@@ -14,6 +14,7 @@ const (
 	bridgePrefix = "wfb"
 	hostPrefix   = "wfv"
 	peerPrefix   = "wfc"
+	dummyPrefix  = "wfd"
 	nameDigits   = 12
 )
 
@@ -23,6 +24,11 @@ func bridgeName(networkID string) string { return bridgePrefix + digits(networkI
 // hostEnd and peerEnd are the two ends of an endpoint's veth pair.
 func hostEnd(endpointID string) string { return hostPrefix + digits(endpointID) }
 func peerEnd(endpointID string) string { return peerPrefix + digits(endpointID) }
+
+// ownLink is the host's own sub-interface on a network's parent, dummyName the
+// parent of a network that names none.
+func ownLink(networkID string) string   { return datapath.StaysPrefix + digits(networkID) }
+func dummyName(networkID string) string { return dummyPrefix + digits(networkID) }
 
 // digits is the short form of an ID that the engine prints, so that people
 // find the link. Swarm's IDs are base 36 and share long prefixes when they were
@@ -62,6 +68,21 @@ func endpointMAC(endpointID string, addrs []netip.Prefix) datapath.MAC {
 		return hashMAC("address " + a.Addr().String())
 	}
 	return hashMAC("endpoint " + endpointID)
+}
+
+// hashLinkLocal is an address of 169.254.0.0/16 (RFC 3927) without its first and
+// last 256, which are reserved.
+func hashLinkLocal(s string) netip.Addr {
+	sum := sha256.Sum256([]byte(s))
+	return netip.AddrFrom4([4]byte{169, 254, 1 + sum[8]%254, sum[9]})
+}
+
+// hashULA is an address of fd00::/8 (RFC 4193).
+func hashULA(s string) netip.Addr {
+	sum := sha256.Sum256([]byte(s))
+	a := [16]byte(sum[16:])
+	a[0] = 0xfd
+	return netip.AddrFrom16(a)
 }
 
 // hashMAC is a unicast address from the range that anybody may use.

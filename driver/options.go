@@ -37,6 +37,18 @@ type Options struct {
 	// Trusted are host interfaces from which published ports are reached at the
 	// containers' own addresses.
 	Trusted []string `json:",omitempty"`
+	// Parent is the link that a macvlan or ipvlan network hangs on; "" is a
+	// dummy of its own. SubMode is macvlan_mode or ipvlan_mode, SubFlag
+	// ipvlan_flag.
+	Parent  string `json:",omitempty"`
+	SubMode string `json:",omitempty"`
+	SubFlag string `json:",omitempty"`
+	// HostAccess lets the host and the containers on its bridges reach those of
+	// the network and back; HostAddrs are addresses of the LAN that it uses.
+	HostAccess bool         `json:",omitempty"`
+	HostAddrs  []netip.Addr `json:",omitempty"`
+	// NoProbe hands addresses out without asking the LAN for them.
+	NoProbe bool `json:",omitempty"`
 	// Host4 and Host6 are the source addresses of masqueraded traffic.
 	Host4, Host6 netip.Addr
 }
@@ -98,7 +110,12 @@ type settings struct {
 	masquerade string // as typed: the default depends on another option
 }
 
-var bridgeOnly = []string{modeBridge}
+var (
+	bridgeOnly  = []string{modeBridge}
+	macvlanOnly = []string{modeMacvlan}
+	ipvlanOnly  = []string{modeIPvlan}
+	parentOnly  = []string{modeMacvlan, modeIPvlan}
+)
 
 // options are all names, by the built-in drivers' spelling where they have
 // the option.
@@ -141,6 +158,20 @@ var options = map[string]option{
 		}
 		return nil
 	}},
+	"parent": {parentOnly, func(s *settings, v string) error {
+		s.Parent = v
+		return checkLinkName(v, 15)
+	}},
+	"macvlan_mode": {macvlanOnly, setChoice(func(s *settings) *string { return &s.SubMode }, "bridge", "private", "vepa", "passthru")},
+	"ipvlan_mode":  {ipvlanOnly, setChoice(func(s *settings) *string { return &s.SubMode }, "l2", "l3", "l3s")},
+	"ipvlan_flag":  {ipvlanOnly, setChoice(func(s *settings) *string { return &s.SubFlag }, "bridge", "private", "vepa")},
+	"host_access":  {parentOnly, setBool(func(s *settings) *bool { return &s.HostAccess })},
+	"host_address": {parentOnly, setHostAddrs},
+	"probe": {nil, func(s *settings, v string) error {
+		on, err := parseBool(v)
+		s.NoProbe = !on
+		return err
+	}},
 	"com.docker.network.host_ipv4": {bridgeOnly, setAddr(func(s *settings) *netip.Addr { return &s.Host4 }, ipv4)},
 	"com.docker.network.host_ipv6": {bridgeOnly, setAddr(func(s *settings) *netip.Addr { return &s.Host6 }, ipv6)},
 }
@@ -178,7 +209,7 @@ func parseNetworkOptions(raw map[string]any, modes []string) (Network, error) {
 	}
 	// A network on somebody else's bridge is usually part of a LAN that knows
 	// its addresses.
-	s.Masquerade = s.Bridge == ""
+	s.Masquerade = s.Bridge == "" && n.Mode == modeBridge
 	if s.masquerade != "" {
 		s.Masquerade = s.masquerade == "true"
 	}
@@ -291,6 +322,17 @@ func setAddr(field func(*settings) *netip.Addr, f family) func(*settings, string
 		*field(s) = a.Unmap()
 		return nil
 	}
+}
+
+func setHostAddrs(s *settings, v string) error {
+	for part := range strings.SplitSeq(v, ",") {
+		a, err := netip.ParseAddr(strings.TrimSpace(part))
+		if err != nil || a.Zone() != "" || a.Is4In6() {
+			return fmt.Errorf("%q is not an address: write one, or one of each family with a comma between", clip(part))
+		}
+		s.HostAddrs = append(s.HostAddrs, a)
+	}
+	return nil
 }
 
 func setGateway(field func(*settings) *GatewayMode) func(*settings, string) error {

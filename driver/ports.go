@@ -22,7 +22,7 @@ func published(ports []PublishedPort, trusted []string) datapath.State {
 	for _, p := range ports {
 		for _, link := range trusted {
 			e := datapath.Element{
-				Set: datapath.SetTrusted, Link: link, Net: host(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(),
+				Set: datapath.SetTrusted, Link: link, Net: single(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(),
 			}
 			if !slices.Contains(s.Elements, e) {
 				s.Elements = append(s.Elements, e)
@@ -30,7 +30,7 @@ func published(ports []PublishedPort, trusted []string) datapath.State {
 		}
 		if !p.Host.IsValid() {
 			s.Elements = append(s.Elements, datapath.Element{
-				Set: datapath.SetExposed, Net: host(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(),
+				Set: datapath.SetExposed, Net: single(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(),
 			})
 			continue
 		}
@@ -39,7 +39,7 @@ func published(ports []PublishedPort, trusted []string) datapath.State {
 		if at.Is4() != p.Container.Addr().Is4() || at == netip.IPv6Loopback() {
 			continue // not translatable: the socket's proxy passes it on
 		}
-		net := host(at)
+		net := single(at)
 		if at.IsUnspecified() {
 			net = familyOf(at).all()
 		}

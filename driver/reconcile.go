@@ -328,12 +328,13 @@ func (p *pass) remove(ctx context.Context, s datapath.State) error {
 func (p *pass) bridges(ctx context.Context) (err error) {
 	seen := map[string]bool{}
 	for _, w := range p.d.wanted() {
-		for _, b := range w.state.Bridges {
-			if !b.Existing || seen[b.Name] {
+		for _, one := range existing(w.state) {
+			key := one.String()
+			if seen[key] {
 				continue
 			}
-			seen[b.Name] = true
-			if _, e := p.d.kernel.Ensure(ctx, datapath.State{Bridges: []datapath.Bridge{b}}); e != nil {
+			seen[key] = true
+			if _, e := p.d.kernel.Ensure(ctx, one); e != nil {
 				err = join(err, fmt.Errorf("%s: %w", w, e))
 			}
 		}
@@ -345,10 +346,6 @@ func (p *pass) bridges(ctx context.Context) (err error) {
 // before the answer to CreateEndpoint: nobody joined them, and their container's
 // end, if there is one, is still in the host's namespace.
 func (d *Driver) forgotten(have datapath.State) []wanted {
-	peers := make(map[string]string, len(have.Veths))
-	for _, v := range have.Veths {
-		peers[v.Name] = v.Peer
-	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	var list []wanted
@@ -357,8 +354,8 @@ func (d *Driver) forgotten(have datapath.State) []wanted {
 	}
 	for _, n := range d.networks {
 		for _, e := range n.endpoints {
-			peer, there := peers[hostEnd(e.rec.ID)]
-			if e.joined || e.doomed || e.rec.Left || there && peer == "" || !there && !e.loaded {
+			at := n.place(have, e.rec)
+			if e.joined || e.doomed || e.rec.Left || at == inContainer || at == nowhere && !e.loaded {
 				continue
 			}
 			if d.now().Sub(e.rec.Created) >= joinTime {
@@ -367,4 +364,46 @@ func (d *Driver) forgotten(have datapath.State) []wanted {
 		}
 	}
 	return list
+}
+
+// existing are the links of others in a State, each by itself.
+func existing(s datapath.State) (list []datapath.State) {
+	for _, b := range s.Bridges {
+		if b.Existing {
+			list = append(list, datapath.State{Bridges: []datapath.Bridge{b}})
+		}
+	}
+	for _, p := range s.Parents {
+		if p.Existing {
+			list = append(list, datapath.State{Parents: []datapath.Parent{p}})
+		}
+	}
+	return list
+}
+
+// place is where the link is that becomes a container's interface.
+type place int
+
+const (
+	nowhere place = iota
+	onHost
+	inContainer
+)
+
+// place tells where an endpoint's link is. A sub-interface that is not on the
+// host cannot be seen; it is taken to be in its container.
+func (n *network) place(have datapath.State, e Endpoint) place {
+	if n.rec.onParent() {
+		if slices.ContainsFunc(have.Children, func(c datapath.Child) bool { return c.Name == peerEnd(e.ID) }) {
+			return onHost
+		}
+		return inContainer
+	}
+	switch v, ok := veth(have, hostEnd(e.ID)); {
+	case !ok:
+		return nowhere
+	case v.Peer == "":
+		return inContainer
+	}
+	return onHost
 }

@@ -318,7 +318,7 @@ func TestDamagedRecords(t *testing.T) {
 			}
 			before := r.kernel.text()
 			d, err := New(Config{Networks: r.nets, Endpoints: r.eps, Kernel: r.kernel, Backends: map[string]Backend{"bridge": Bridge{}},
-				PathMTU: func(context.Context) (int, error) { return 1500, nil }, Log: quiet()})
+				Host: newFakeHost(newFakeKernel(&faults{}), 1500), Log: quiet()})
 			if err != nil {
 				t.Fatal(err)
 			}

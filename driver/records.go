@@ -30,6 +30,15 @@ type Network struct {
 	MTU      int // bytes, inside containers
 	Subnets  []Subnet
 	Options  Options
+	// Parents are the links that the network hangs on, the lowest first; for the
+	// modes macvlan and ipvlan.
+	Parents []datapath.Parent `json:",omitempty"`
+	// Access is set once the host has a sub-interface of its own on the parent,
+	// with OwnMAC, and Hop4 and Hop6 as the addresses that containers send to.
+	Access bool         `json:",omitempty"`
+	OwnMAC datapath.MAC `json:",omitzero"`
+	Hop4   netip.Addr   `json:",omitzero"`
+	Hop6   netip.Addr   `json:",omitzero"`
 	// Pending is set until the network is made and about to be answered. One
 	// that a start finds was never known to the engine.
 	Pending bool `json:",omitempty"`
@@ -65,6 +74,15 @@ type Endpoint struct {
 	// clearing it in every Revoke, just before the link goes, would cost a
 	// change of the link for nothing.
 	Hairpin bool `json:",omitempty"`
+	// Joined is set from Join to Leave, on a parent: the sub-interface is the
+	// container's and cannot be seen.
+	Joined bool `json:",omitempty"`
+	// Reach is set while the host has a route to the container and the container
+	// one back. Host are the host's addresses, and Near the subnets of its
+	// bridges, that the container was told with that.
+	Reach   bool           `json:",omitempty"`
+	Host    []netip.Addr   `json:",omitempty"`
+	Near    []netip.Prefix `json:",omitempty"`
 	Created time.Time
 }
 

@@ -29,6 +29,7 @@ type rig struct {
 	t      *testing.T
 	d      *Driver
 	kernel *fakeKernel
+	host   *fakeHost
 	faults *faults
 	clock  *clock
 	log    *logtest.Hook
@@ -44,6 +45,7 @@ func newRig(t *testing.T) *rig {
 	t.Helper()
 	f := &faults{}
 	r := &rig{t: t, faults: f, kernel: newFakeKernel(f), clock: &clock{at: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}}
+	r.host = newFakeHost(r.kernel, 1450)
 	r.logger, r.log = logtest.NewNullLogger()
 	dir := t.TempDir()
 	r.nets = openStore(t, filepath.Join(dir, "weft.db"))
@@ -77,8 +79,8 @@ func (r *rig) start() {
 	r.t.Helper()
 	d, err := New(Config{
 		Networks: faultyStore{r.nets, r.faults}, Endpoints: faultyStore{r.eps, r.faults}, Kernel: r.kernel,
-		Backends: map[string]Backend{"bridge": Bridge{}},
-		PathMTU:  func(context.Context) (int, error) { return 1450, nil },
+		Backends: allBackends(),
+		Host:     r.host,
 		Log:      r.logger,
 	})
 	if err != nil {
@@ -114,6 +116,10 @@ func (r *rig) start() {
 	if err != nil {
 		r.t.Error("recover:", err)
 	}
+}
+
+func allBackends() map[string]Backend {
+	return map[string]Backend{modeBridge: Bridge{}, modeMacvlan: Parent{modeMacvlan}, modeIPvlan: Parent{modeIPvlan}}
 }
 
 func quiet() logrus.FieldLogger {

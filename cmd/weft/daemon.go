@@ -129,8 +129,10 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		return p, err
 	}
 	p.driver, err = driver.New(driver.Config{
-		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, PathMTU: p.kernel.PathMTU, Log: log,
-		Backends: map[string]driver.Backend{"bridge": driver.Bridge{}},
+		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, Host: p.kernel, Log: log,
+		Backends: map[string]driver.Backend{
+			"bridge": driver.Bridge{}, "macvlan": driver.Parent{Kind: "macvlan"}, "ipvlan": driver.Parent{Kind: "ipvlan"},
+		},
 	})
 	if err != nil {
 		return p, err

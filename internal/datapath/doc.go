@@ -10,7 +10,7 @@
 // marked Existing, and never switches forwarding off.
 //
 // Everything that depends on the namespace (netlink and nftables sockets) is
-// opened in [New] by the calling thread; held ports and sysctls belong to the
+// opened in [New] by the calling thread; held ports, probes and sysctls belong to the
 // thread that calls. Outside tests there is one namespace, the host's.
 //
 // Locking: none that a caller sees. A netlink socket serves one request at a
@@ -20,5 +20,6 @@
 // they end with their socket.
 //
 // Entry points: [Kernel.Ensure], [Kernel.Remove], [Kernel.Owned], [Kernel.Reserve];
-// [Kernel.InUse] and [Kernel.PathMTU] answer questions about the host.
+// [Kernel.InUse], [Kernel.PathMTU], [Kernel.Link], [Kernel.Bridged] and
+// [Kernel.Probe] answer questions about the host and its LAN.
 package datapath

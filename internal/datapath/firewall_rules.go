@@ -112,7 +112,8 @@ func chains(t *nftables.Table) []*nftables.Chain {
 		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest),
 		base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, *nftables.ChainPriorityNATDest),
 		base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter-1),
-		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource),
+		// Before those of others: see keepSource.
+		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource-1),
 	}
 	for _, name := range []string{"publish", "to_bridge", "from_bridge", "guard", "ok"} {
 		cs = append(cs, &nftables.Chain{Name: name, Table: t})
@@ -130,6 +131,9 @@ func prerouting() []rule {
 	rs = append(rs,
 		in("raw_prerouting", isIn("bridges", iif), loopback(16), drop()),
 		in("raw_prerouting", isIn("bridges", iif), loopback(12), drop()),
+		// The same on the host's own sub-interfaces, which the LAN sends to as well.
+		in("raw_prerouting", isIn("own", iif), loopback(16), drop()),
+		in("raw_prerouting", isIn("own", iif), loopback(12), drop()),
 		// A bridge that does not pass to itself has isolated ports (ICC off).
 		// With br_netfilter a translated packet for the same bridge would go
 		// from one isolated port straight to another and be dropped there; the
@@ -179,6 +183,9 @@ func toBridge() []rule {
 	rs := []rule{
 		in("to_bridge", ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), goTo("ok")),
 		in("to_bridge", ctBits(expr.CtKeySTATUS, ctStatusDNAT), goTo("ok")),
+		// A LAN container that the host has access to.
+		in("to_bridge", family(false), isIn("access4", iif, saddr(false)), goTo("ok")),
+		in("to_bridge", family(true), isIn("access6", iif, saddr(true)), goTo("ok")),
 		// Another network of ours, or the same one without ICC.
 		in("to_bridge", isIn("bridges", iif), drop()),
 		// A network of somebody else, the engine for one.
@@ -235,11 +242,18 @@ func guard() []rule {
 
 // postrouting: the source address of what goes out.
 func postrouting() []rule {
-	rs := []rule{
+	var rs []rule
+	for _, v6 := range families {
+		// To a LAN container that knows the way back: its own address stays,
+		// and a translation to it keeps others, the engine for one, from
+		// translating it to something else.
+		rs = append(rs, in("postrouting", family(v6), isIn(suffix("near", v6), saddr(v6), daddr(v6)), keepSource(v6)))
+	}
+	rs = append(rs,
 		// A published port used from the host by 127.0.0.1; the container
 		// could not answer that address.
 		in("postrouting", ctBits(expr.CtKeySTATUS, ctStatusDNAT), loopback(12), isIn("bridges", oif), masquerade()),
-	}
+	)
 	for _, v6 := range families {
 		// A published port used from the same subnet: the answer must come
 		// back through the host.
@@ -418,12 +432,20 @@ func snat(name string, v6 bool, key ...source) []expr.Any {
 }
 
 func nat(name string, v6 bool, key ...source) []expr.Any {
-	fam := uint32(unix.NFPROTO_IPV4)
-	if v6 {
-		fam = unix.NFPROTO_IPV6
-	}
 	return append(concat(key...),
 		&expr.Lookup{SourceRegister: firstRegister, DestRegister: firstRegister, IsDestRegSet: true, SetName: suffix(name, v6)},
-		&expr.NAT{Family: fam, RegAddrMin: firstRegister},
+		&expr.NAT{Family: natFamily(v6), RegAddrMin: firstRegister},
 	)
+}
+
+func natFamily(v6 bool) uint32 {
+	if v6 {
+		return unix.NFPROTO_IPV6
+	}
+	return unix.NFPROTO_IPV4
+}
+
+// keepSource translates the source to itself, which settles the question.
+func keepSource(v6 bool) []expr.Any {
+	return append(concat(saddr(v6)), &expr.NAT{Type: expr.NATTypeSourceNAT, Family: natFamily(v6), RegAddrMin: firstRegister})
 }

@@ -54,6 +54,7 @@ func setDefs() []setDef {
 		{set: SetBridges, key: []field{fieldLink}},
 		{set: SetPass, key: []field{fieldLink, fieldOut}},
 		{set: SetInternal, key: []field{fieldLink}},
+		{set: SetOwn, key: []field{fieldLink}},
 		{set: setUplinks, key: []field{fieldLink}},
 		{set: setGuard, key: []field{fieldFamily}},
 	}
@@ -68,6 +69,8 @@ func setDefs() []setDef {
 			setDef{set: SetHairpin, v6: v6, key: []field{fieldSubnet, fieldLink}},
 			setDef{set: SetHome, v6: v6, key: []field{fieldSubnet, fieldLink}},
 			setDef{set: SetAttached, v6: v6, key: []field{fieldLink, fieldHost}},
+			setDef{set: SetAccess, v6: v6, key: []field{fieldLink, fieldHost}},
+			setDef{set: SetNear, v6: v6, key: []field{fieldSubnet, fieldTo}},
 			setDef{set: SetPublished, v6: v6, key: []field{fieldHost, fieldProto, fieldPort}, data: []field{fieldTo, fieldToPort}},
 			setDef{set: SetPublished, v6: v6, any: true, key: []field{fieldProto, fieldPort}, data: []field{fieldTo, fieldToPort}},
 		)
@@ -96,7 +99,7 @@ func (d setDef) name() string {
 // perFamily reports whether the set has a twin of the other family.
 func (d setDef) perFamily() bool {
 	switch d.set {
-	case SetBridges, SetPass, SetInternal, setUplinks, setGuard:
+	case SetBridges, SetPass, SetInternal, SetOwn, setUplinks, setGuard:
 		return false
 	default:
 		return true
@@ -224,7 +227,7 @@ func (d setDef) check(e Element) error {
 	if d.interval() && (!e.Net.IsValid() || e.Net != e.Net.Masked()) {
 		return fmt.Errorf("%s is not a subnet", e.Net)
 	}
-	if slices.Contains(d.data, fieldTo) && (!e.To.IsValid() || e.To.Is6() != d.v6) {
+	if (slices.Contains(d.data, fieldTo) || slices.Contains(d.key, fieldTo)) && (!e.To.IsValid() || e.To.Is6() != d.v6) {
 		return fmt.Errorf("%s is not an address of the same family", e.To)
 	}
 	if e.Net.Addr().Is4In6() || e.To.Is4In6() || e.To.Zone() != "" {

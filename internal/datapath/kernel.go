@@ -73,17 +73,17 @@ func (k *Kernel) Close() {
 
 // done is what one Ensure has done so far.
 type done struct {
-	made  State        // did not exist before
-	addrs []bridgeAddr // added to a bridge that did
+	made  State      // did not exist before
+	addrs []linkAddr // added to a link that did
 	lines []string
 	// guard4 and guard6 are set while the guard of a family is there and
 	// its forwarding is not yet on.
 	guard4, guard6 bool
 }
 
-type bridgeAddr struct {
-	bridge string
-	addr   netip.Prefix
+type linkAddr struct {
+	link string
+	addr netip.Prefix
 }
 
 func (d *done) say(format string, args ...any) {
@@ -119,6 +119,9 @@ func (k *Kernel) ensure(ctx context.Context, s State, d *done) error {
 		return err
 	}
 	if err := k.ensureBridges(ctx, s.Bridges, d); err != nil {
+		return err
+	}
+	if err := k.ensureChildren(ctx, s, d); err != nil {
 		return err
 	}
 	for _, v := range s.Veths {
@@ -227,7 +230,7 @@ func (k *Kernel) ensureBridges(ctx context.Context, list []Bridge, d *done) erro
 		if err := k.sysctl.bridge(b, d); err != nil {
 			return err
 		}
-		if err := k.links.addresses(ctx, b, d); err != nil {
+		if err := k.links.addresses(ctx, "bridge", b.Name, b.Addrs, d); err != nil {
 			return err
 		}
 	}
@@ -235,6 +238,40 @@ func (k *Kernel) ensureBridges(ctx context.Context, list []Bridge, d *done) erro
 		return nil
 	}
 	return k.refreshUplinks(ctx)
+}
+
+// ensureChildren makes sub-interfaces, what they hang on before, and the host's
+// routes to them after.
+func (k *Kernel) ensureChildren(ctx context.Context, s State, d *done) error {
+	for _, p := range s.Parents {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("make %s: %w", p.Name, err)
+		}
+		if err := k.links.parent(p, d); err != nil {
+			return err
+		}
+	}
+	for _, c := range s.Children {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("make %s: %w", c.Name, err)
+		}
+		if err := k.links.child(ctx, c, d); err != nil {
+			return err
+		}
+		if !c.Stays {
+			continue
+		}
+		if err := k.sysctl.child(c, d); err != nil {
+			return err
+		}
+		if err := k.links.addresses(ctx, c.Kind, c.Name, c.Addrs, d); err != nil {
+			return err
+		}
+	}
+	if len(s.Routes) == 0 {
+		return nil
+	}
+	return k.links.ensureRoutes(ctx, s.Routes, d)
 }
 
 // refreshUplinks tells the firewall which bridges of others lead to the LAN.
@@ -346,7 +383,14 @@ func (k *Kernel) Remove(ctx context.Context, s State) error {
 }
 
 func (k *Kernel) removeLinks(ctx context.Context, s State) error {
-	var veths, bridges []doomed
+	var veths, bridges, children []doomed
+	var errs []error
+	for _, r := range s.Routes {
+		errs = append(errs, k.links.removeRoute(r))
+	}
+	for _, c := range s.Children {
+		children = append(children, doomed{c.Name, c.Kind})
+	}
 	for _, v := range s.Veths {
 		veths = append(veths, doomed{v.Name, "veth"})
 	}
@@ -355,7 +399,14 @@ func (k *Kernel) removeLinks(ctx context.Context, s State) error {
 			bridges = append(bridges, doomed{b.Name, "bridge"})
 		}
 	}
-	return errors.Join(k.links.remove(ctx, veths), k.links.remove(ctx, bridges))
+	errs = append(errs, k.links.remove(ctx, veths), k.links.remove(ctx, children))
+	// A VLAN sub-interface may hang on one that is listed before it.
+	for _, p := range slices.Backward(s.Parents) {
+		if !p.Existing {
+			errs = append(errs, k.links.remove(ctx, []doomed{{p.Name, p.kind()}}))
+		}
+	}
+	return errors.Join(append(errs, k.links.remove(ctx, bridges))...)
 }
 
 // Owned reads back everything that carries our mark, and which of the switches
@@ -367,7 +418,7 @@ func (k *Kernel) Owned(ctx context.Context) (State, error) {
 	if err != nil {
 		return State{}, fmt.Errorf("list links: %w", err)
 	}
-	if s.Bridges, s.Veths, err = k.links.owned(ctx, all); err != nil {
+	if s, err = k.links.owned(ctx, all); err != nil {
 		return State{}, err
 	}
 	if s.Elements, err = k.firewall.owned(ctx); err != nil {

@@ -511,7 +511,7 @@ func TestOwnedUnderChurn(t *testing.T) {
 			default:
 			}
 			name := fmt.Sprintf("churn%d", i)
-			if err := c.create(link{name: name, kind: "bridge"}, nil); err != nil {
+			if err := c.create(link{name: name, kind: "bridge"}); err != nil {
 				t.Errorf("churn: %v", err)
 				return
 			}

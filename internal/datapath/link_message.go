@@ -62,7 +62,7 @@ func (c *rtnl) close() {
 // link is what we want to know about a network interface.
 type link struct {
 	index, master int
-	peer          int  // index of a veth's other end, in its own namespace
+	peer          int  // index of a veth's other end, or of the link below, in its own namespace
 	away          bool // that namespace is another one
 	name, kind    string
 	group         uint32
@@ -71,6 +71,10 @@ type link struct {
 	up            bool
 	isolated      bool // as a bridge port
 	hairpin       bool // as a bridge port
+	noARP         bool
+	// What the kinds vlan, macvlan and ipvlan have of their own, in the
+	// kernel's numbers: a VLAN ID; a mode; flags of ipvlan.
+	vlan, mode, flags int
 }
 
 func (l link) ours() bool { return l.group == Group }
@@ -159,18 +163,25 @@ func dump[T any](ctx context.Context, list func() (T, error)) (T, error) {
 	}
 }
 
-// create makes a bridge or, with peer, a veth pair, in one message.
-func (c *rtnl) create(l link, peer *nl.RtAttr) error {
+// create makes a link in one message; data is what its kind needs to know: the
+// other end of a veth pair, or the mode of a sub-interface.
+func (c *rtnl) create(l link, data ...*nl.RtAttr) error {
 	req := c.request(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, linkInfo(0, l.up))
 	for _, a := range l.attributes() {
 		req.AddData(a)
 	}
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(l.name)))
 	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(l.group)))
+	if l.peer != 0 {
+		req.AddData(nl.NewRtAttr(unix.IFLA_LINK, nl.Uint32Attr(uint32(l.peer))))
+	}
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
 	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated(l.kind))
-	if peer != nil {
-		info.AddRtAttr(nl.IFLA_INFO_DATA, nil).AddChild(peer)
+	if len(data) > 0 {
+		inner := info.AddRtAttr(nl.IFLA_INFO_DATA, nil)
+		for _, a := range data {
+			inner.AddChild(a)
+		}
 	}
 	req.AddData(info)
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
@@ -255,7 +266,8 @@ func parseLink(msg []byte) (link, error) {
 		return l, fmt.Errorf("link message of %d bytes", len(msg))
 	}
 	l.index = int(int32(binary.NativeEndian.Uint32(msg[4:8])))
-	l.up = binary.NativeEndian.Uint32(msg[8:12])&unix.IFF_UP != 0
+	flags := binary.NativeEndian.Uint32(msg[8:12])
+	l.up, l.noARP = flags&unix.IFF_UP != 0, flags&(unix.IFF_NOARP|unix.IFF_LOOPBACK) != 0
 	err := eachAttr(msg[unix.SizeofIfInfomsg:], func(kind uint16, b []byte) error {
 		switch kind {
 		case unix.IFLA_IFNAME:
@@ -288,12 +300,14 @@ func parseLink(msg []byte) (link, error) {
 // parseInfo reads IFLA_LINKINFO: the kind, and what the bridge says about its
 // port.
 func (l *link) parseInfo(b []byte) error {
-	var port []byte
+	var data, port []byte
 	var master string
 	err := eachAttr(b, func(kind uint16, b []byte) error {
 		switch kind {
 		case nl.IFLA_INFO_KIND:
 			l.kind = string(bytes.TrimRight(b, "\x00"))
+		case nl.IFLA_INFO_DATA:
+			data = b
 		case nl.IFLA_INFO_SLAVE_KIND:
 			master = string(bytes.TrimRight(b, "\x00"))
 		case nl.IFLA_INFO_SLAVE_DATA:
@@ -301,6 +315,9 @@ func (l *link) parseInfo(b []byte) error {
 		}
 		return nil
 	})
+	if err == nil {
+		err = l.parseKind(data)
+	}
 	if err != nil || master != "bridge" {
 		return err
 	}
@@ -312,6 +329,32 @@ func (l *link) parseInfo(b []byte) error {
 			l.isolated = len(b) > 0 && b[0] != 0
 		}
 		return nil
+	})
+}
+
+// parseKind reads IFLA_INFO_DATA of the kinds whose settings repair compares.
+func (l *link) parseKind(b []byte) error {
+	fields := map[uint16]*int{}
+	switch l.kind {
+	case "vlan":
+		fields[nl.IFLA_VLAN_ID] = &l.vlan
+	case kindMacvlan:
+		fields[nl.IFLA_MACVLAN_MODE] = &l.mode
+	case kindIPvlan:
+		fields[nl.IFLA_IPVLAN_MODE], fields[nl.IFLA_IPVLAN_FLAG] = &l.mode, &l.flags
+	default:
+		return nil
+	}
+	return eachAttr(b, func(kind uint16, b []byte) error {
+		to := fields[kind]
+		switch {
+		case to == nil:
+			return nil
+		case len(b) == 2:
+			*to = int(binary.NativeEndian.Uint16(b))
+			return nil
+		}
+		return intAttr(b, to)
 	})
 }
 

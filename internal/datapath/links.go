@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 
 	"github.com/vishvananda/netlink"
@@ -150,7 +151,7 @@ func (l *links) bridge(b Bridge, d *done) error {
 func (l *links) newBridge(want link, b Bridge, d *done) error {
 	mtu := want.mtu
 	want.mtu = 0
-	if err := l.change.create(want, nil); err != nil {
+	if err := l.change.create(want); err != nil {
 		return fmt.Errorf("create bridge %s: %w", b.Name, err)
 	}
 	d.made.Bridges = append(d.made.Bridges, b)
@@ -199,11 +200,11 @@ func (l *links) mend(have, want link, d *done) error {
 	return nil
 }
 
-// addresses makes the addresses of our bridge equal to b.Addrs.
-func (l *links) addresses(ctx context.Context, b Bridge, d *done) error {
-	br, err := l.change.get(b.Name)
+// addresses makes the addresses of a link of ours equal to want.
+func (l *links) addresses(ctx context.Context, kind, name string, want []netip.Prefix, d *done) error {
+	br, err := l.change.get(name)
 	if err != nil {
-		return fmt.Errorf("bridge %s: %w", b.Name, err)
+		return fmt.Errorf("%s %s: %w", kind, name, err)
 	}
 	all, err := l.addressesOf(ctx)
 	if err != nil {
@@ -213,26 +214,26 @@ func (l *links) addresses(ctx context.Context, b Bridge, d *done) error {
 	// Surplus ones go first: deleting an IPv4 address takes the others of
 	// its subnet with it if it was there before them.
 	for _, p := range have {
-		if slices.Contains(b.Addrs, p) {
+		if slices.Contains(want, p) {
 			continue
 		}
 		if err := l.delAddress(br.index, p); err != nil {
-			return fmt.Errorf("bridge %s: remove address %s: %w", b.Name, p, err)
+			return fmt.Errorf("%s %s: remove address %s: %w", kind, name, p, err)
 		}
-		d.say("bridge %s: address %s removed", b.Name, p)
+		d.say("%s %s: address %s removed", kind, name, p)
 	}
-	for _, p := range b.Addrs {
+	for _, p := range want {
 		err := l.addAddress(br.index, p)
 		if errors.Is(err, unix.EEXIST) {
 			continue
 		}
 		if err != nil {
-			return fmt.Errorf("bridge %s: add address %s: %w", b.Name, p, err)
+			return fmt.Errorf("%s %s: add address %s: %w", kind, name, p, err)
 		}
 		if !slices.Contains(have, p) {
-			d.addrs = append(d.addrs, bridgeAddr{b.Name, p})
+			d.addrs = append(d.addrs, linkAddr{name, p})
 		}
-		d.say("bridge %s: address %s added", b.Name, p)
+		d.say("%s %s: address %s added", kind, name, p)
 	}
 	return nil
 }
@@ -256,8 +257,8 @@ func (l *links) addressesOf(ctx context.Context) (map[int][]netip.Prefix, error)
 }
 
 // dropAddress undoes an addition; absent is success.
-func (l *links) dropAddress(a bridgeAddr) error {
-	br, err := l.change.get(a.bridge)
+func (l *links) dropAddress(a linkAddr) error {
+	br, err := l.change.get(a.link)
 	if errors.Is(err, errAbsent) {
 		return nil
 	}
@@ -265,7 +266,7 @@ func (l *links) dropAddress(a bridgeAddr) error {
 		return err
 	}
 	if err := l.delAddress(br.index, a.addr); err != nil {
-		return fmt.Errorf("bridge %s: remove address %s: %w", a.bridge, a.addr, err)
+		return fmt.Errorf("%s: remove address %s: %w", a.link, a.addr, err)
 	}
 	return nil
 }
@@ -442,28 +443,50 @@ func (l *links) removeOne(ctx context.Context, x doomed) error {
 	return nil
 }
 
-// owned returns our bridges and veths among list.
-func (l *links) owned(ctx context.Context, list []link) (bridges []Bridge, veths []Veth, err error) {
+// owned returns what is ours among list.
+func (l *links) owned(ctx context.Context, list []link) (s State, err error) {
 	addrs, err := l.addressesOf(ctx)
 	if err != nil {
-		return nil, nil, err
+		return s, err
 	}
 	names := make(map[int]string, len(list))
 	for _, x := range list {
 		names[x.index] = x.name
 	}
 	for _, x := range list {
-		switch {
-		case !x.ours():
-		case x.kind == "bridge":
-			bridges = append(bridges, Bridge{Name: x.name, MAC: x.mac, MTU: x.mtu, Addrs: addrs[x.index], Down: !x.up})
-		case x.kind == "veth":
-			v := Veth{Name: x.name, Master: names[x.master], MTU: x.mtu, Isolated: x.isolated, Hairpin: x.hairpin, Down: !x.up}
-			if !x.away {
-				v.Peer = names[x.peer]
-			}
-			veths = append(veths, v)
+		if !x.ours() {
+			continue
+		}
+		// A VLAN sub-interface cannot be in another namespace than the link below
+		// it, and neither can what has not been handed to a container yet.
+		below := ""
+		if !x.away {
+			below = names[x.peer]
+		}
+		switch x.kind {
+		case "bridge":
+			s.Bridges = append(s.Bridges, Bridge{Name: x.name, MAC: x.mac, MTU: x.mtu, Addrs: addrs[x.index], Down: !x.up})
+		case "veth":
+			s.Veths = append(s.Veths, Veth{Name: x.name, Peer: below, Master: names[x.master], MTU: x.mtu, Isolated: x.isolated, Hairpin: x.hairpin, Down: !x.up})
+		case kindVLAN, kindDummy:
+			s.Parents = append(s.Parents, Parent{Name: x.name, Lower: below, VLAN: x.vlan, Down: !x.up})
+		case kindMacvlan, kindIPvlan:
+			s.Children = append(s.Children, x.asChild(below, addrs[x.index]))
 		}
 	}
-	return bridges, veths, nil
+	s.Routes, err = l.ownedRoutes(ctx, list)
+	return s, err
+}
+
+// asChild describes a sub-interface; by its name it is one that stays.
+func (l link) asChild(parent string, addrs []netip.Prefix) Child {
+	c := Child{Name: l.name, Parent: parent, Kind: l.kind, Mode: nameOf(modes[l.kind], l.mode), MTU: l.mtu, MAC: l.mac,
+		Stays: strings.HasPrefix(l.name, StaysPrefix)}
+	if l.kind == kindIPvlan {
+		c.Flag, c.MAC = nameOf(ipvlanFlags, l.flags), MAC{}
+	}
+	if c.Stays {
+		c.Addrs, c.Down = addrs, !l.up
+	}
+	return c
 }

@@ -14,6 +14,9 @@ import (
 // [Kernel.Remove]. The zero State asks for nothing.
 type State struct {
 	Bridges  []Bridge
+	Parents  []Parent
+	Children []Child
+	Routes   []Route
 	Veths    []Veth
 	Elements []Element
 	Sockets  []Socket
@@ -81,6 +84,55 @@ type Veth struct {
 	Down       bool // only ever set by Owned: somebody set the host end down
 }
 
+// Parent is a link that macvlan and ipvlan sub-interfaces hang on: a VLAN
+// sub-interface, a dummy interface that leads nowhere, or a link of others.
+type Parent struct {
+	Name string
+	// Lower is the link below a VLAN sub-interface (IEEE 802.1Q, tag 0x8100).
+	// With no Lower the link is a dummy.
+	Lower string
+	VLAN  int // VLAN ID, 1 to 4094
+	// Existing links were made by somebody else: Ensure only checks that there
+	// is one, nothing changes or removes it.
+	Existing bool
+	Down     bool // only ever set by Owned: somebody set the link down
+}
+
+// Child is a macvlan or ipvlan sub-interface. One that does not stay is moved
+// into a container by the engine and not looked for again; Owned shows it
+// before that, and after the engine has moved it back.
+type Child struct {
+	Name, Parent string
+	Kind         string // "macvlan" or "ipvlan"
+	// Mode is bridge, private, vepa or passthru for macvlan, l2, l3 or l3s for
+	// ipvlan; Flag is bridge, private or vepa, for ipvlan only.
+	Mode, Flag string
+	MTU        int // bytes, at most the parent's; 0 is the parent's
+	MAC        MAC // zero for ipvlan, which has its parent's
+	// Stays is the host's own sub-interface, by which it reaches the others:
+	// up, with these addresses, and deaf to everybody but those that a Route
+	// leads to.
+	Stays bool
+	Addrs []netip.Prefix
+	Down  bool // only ever set by Owned, of one that stays
+}
+
+// Route leads from the host to one address of a container by the host's own
+// sub-interface.
+type Route struct {
+	Link string
+	To   netip.Addr
+	// MAC is the container's, kept as a permanent neighbour entry so that the
+	// host never asks: its question would tell the LAN a second hardware
+	// address for the host. Zero lets the kernel ask, which does no harm where
+	// all share the parent's (ipvlan).
+	MAC MAC
+	// Src is the source address of what the host sends; the zero Addr lets
+	// Ensure choose one of From's, the parent.
+	Src  netip.Addr
+	From string
+}
+
 // Set names one set or map of the nftables table; see firewall.go for the
 // rules that look it up.
 type Set string
@@ -100,7 +152,10 @@ const (
 	SetHairpin    Set = "hairpin"    // Net, Link: subnet and its bridge; translated destinations inside get the bridge's source address
 	SetHome       Set = "home"       // Net, Link: subnet and its bridge that is not ours; what leaves by it keeps its source address
 	SetPublished  Set = "published"  // Net (host address, or 0.0.0.0/0, ::/0 for all), Proto, Port, To, ToPort
-	SetAttached   Set = "attached"   // Link, Net (host): an endpoint on a bridge that is not ours
+	SetAttached   Set = "attached"   // Link, Net (host): an endpoint on a bridge that is not ours, or reached by the host's own sub-interface
+	SetOwn        Set = "own"        // Link: the host's own sub-interface
+	SetAccess     Set = "access"     // Link, Net (host): an endpoint that may open connections to containers on bridges of ours; Link is where it comes in
+	SetNear       Set = "near"       // Net, To: subnet of the host's bridges and endpoint that knows the way back to it; the source address is kept
 )
 
 // Element is one entry of a set of the nftables table. Only the fields named
@@ -160,6 +215,9 @@ type PortRequest struct {
 // Add appends everything in o.
 func (s *State) Add(o State) {
 	s.Bridges = append(s.Bridges, o.Bridges...)
+	s.Parents = append(s.Parents, o.Parents...)
+	s.Children = append(s.Children, o.Children...)
+	s.Routes = append(s.Routes, o.Routes...)
 	s.Veths = append(s.Veths, o.Veths...)
 	s.Elements = append(s.Elements, o.Elements...)
 	s.Sockets = append(s.Sockets, o.Sockets...)
@@ -174,6 +232,9 @@ func (s *State) Add(o State) {
 func (s State) Minus(o State) State {
 	return State{
 		Bridges:  minus(s.Bridges, o.Bridges, bridgeKey),
+		Parents:  minus(s.Parents, o.Parents, func(p Parent) Parent { return p }),
+		Children: minus(s.Children, o.Children, childKey),
+		Routes:   minus(s.Routes, o.Routes, routeKey),
 		Veths:    minus(s.Veths, o.Veths, vethKey),
 		Elements: minus(s.Elements, o.Elements, func(e Element) Element { return e }),
 		Sockets:  minus(s.Sockets, o.Sockets, func(x Socket) Socket { return x }),
@@ -185,7 +246,7 @@ func (s State) Minus(o State) State {
 
 // Empty reports whether the State asks for nothing.
 func (s State) Empty() bool {
-	return len(s.Bridges) == 0 && len(s.Veths) == 0 && len(s.Elements) == 0 && len(s.Sockets) == 0 &&
+	return len(s.Bridges) == 0 && len(s.Parents) == 0 && len(s.Children) == 0 && len(s.Routes) == 0 && len(s.Veths) == 0 && len(s.Elements) == 0 && len(s.Sockets) == 0 &&
 		!s.Forward4 && !s.Forward6 && !s.Hook
 }
 
@@ -199,6 +260,21 @@ func bridgeKey(b Bridge) string {
 func vethKey(v Veth) Veth {
 	v.Peer, v.PeerMAC = "", MAC{}
 	return v
+}
+
+// childKey leaves out what only the one that stays keeps.
+func childKey(c Child) string {
+	if !c.Stays {
+		return c.Name
+	}
+	return fmt.Sprintf("%s %s %s %s %s %s %d %t %v", c.Name, c.Parent, c.Kind, c.Mode, c.Flag, c.MAC, c.MTU, c.Down, sortedPrefixes(c.Addrs))
+}
+
+// routeKey leaves out the source: that is the host's affair, and a route goes
+// with the address that is its source.
+func routeKey(r Route) Route {
+	r.Src, r.From = netip.Addr{}, ""
+	return r
 }
 
 func sortedPrefixes(p []netip.Prefix) []netip.Prefix {
@@ -229,6 +305,15 @@ func minus[T any, K comparable](have, other []T, key func(T) K) []T {
 func (s State) String() string {
 	var b strings.Builder
 	for _, x := range s.Bridges {
+		b.WriteString(x.String() + "\n")
+	}
+	for _, x := range s.Parents {
+		b.WriteString(x.String() + "\n")
+	}
+	for _, x := range s.Children {
+		b.WriteString(x.String() + "\n")
+	}
+	for _, x := range s.Routes {
 		b.WriteString(x.String() + "\n")
 	}
 	for _, x := range s.Veths {
@@ -266,6 +351,45 @@ func (b Bridge) String() string {
 		lines = append(lines, fmt.Sprintf("addr add %s dev %s", a, b.Name))
 	}
 	return strings.Join(lines, "\n")
+}
+
+func (p Parent) String() string {
+	switch {
+	case p.Existing:
+		return "link show " + p.Name
+	case p.Lower == "":
+		return fmt.Sprintf("link add %s type dummy", p.Name)
+	}
+	return fmt.Sprintf("link add link %s name %s type vlan id %d", p.Lower, p.Name, p.VLAN)
+}
+
+func (c Child) String() string {
+	t := fmt.Sprintf("link add link %s name %s", c.Parent, c.Name)
+	if c.MAC != (MAC{}) {
+		t += " address " + c.MAC.String()
+	}
+	if c.MTU != 0 {
+		t += fmt.Sprintf(" mtu %d", c.MTU)
+	}
+	t += fmt.Sprintf(" type %s mode %s %s", c.Kind, c.Mode, c.Flag)
+	lines := []string{strings.TrimSpace(t)}
+	for _, a := range sortedPrefixes(c.Addrs) {
+		lines = append(lines, fmt.Sprintf("addr add %s dev %s", a, c.Name))
+	}
+	return strings.Join(lines, "\n")
+}
+
+func (r Route) String() string {
+	t := fmt.Sprintf("route add %s dev %s", r.To, r.Link)
+	if r.Src.IsValid() {
+		t += " src " + r.Src.String()
+	} else if r.From != "" {
+		t += " src of " + r.From
+	}
+	if r.MAC != (MAC{}) {
+		t += fmt.Sprintf("\nneigh add %s lladdr %s dev %s nud permanent", r.To, r.MAC, r.Link)
+	}
+	return t
 }
 
 func (v Veth) String() string {

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -89,41 +90,70 @@ func (s *sysctl) remount() error {
 	return nil
 }
 
+// setting is one sysctl of a link.
+type setting struct{ name, value string }
+
 // bridge sets what a bridge of ours needs before it gets addresses.
 func (s *sysctl) bridge(b Bridge, d *done) error {
-	type setting struct{ name, value string }
 	var want []setting
-	has4, has6 := false, false
-	for _, a := range b.Addrs {
-		has4 = has4 || a.Addr().Is4()
-		has6 = has6 || a.Addr().Is6()
-	}
+	has4, has6 := bothFamilies(b.Addrs)
 	if has4 {
 		// A published port is translated for 127.0.0.1 too; its packets
 		// leave by the bridge with that source until they are masqueraded.
-		want = append(want, setting{"net/ipv4/conf/" + b.Name + "/route_localnet", "1"})
+		want = append(want, setting{"ipv4/route_localnet", "1"})
 	}
-	if has6 {
+	return s.link("bridge", b.Name, append(want, quiet6(has6)...), d)
+}
+
+// child sets what the host's own sub-interface needs. It hears the LAN's
+// questions too, and must not answer for the host: it answers only for its own
+// addresses (arp_ignore), and only to whom a route of ours leads (arp_filter).
+func (s *sysctl) child(c Child, d *done) error {
+	_, has6 := bothFamilies(c.Addrs)
+	want := []setting{{"ipv4/arp_ignore", "1"}, {"ipv4/arp_filter", "1"}, {"ipv4/route_localnet", "1"}}
+	if !has6 {
+		want = append(want, setting{"ipv6/disable_ipv6", "1"})
+	}
+	return s.link(c.Kind, c.Name, append(want, quiet6(has6)...), d)
+}
+
+func bothFamilies(list []netip.Prefix) (has4, has6 bool) {
+	for _, a := range list {
+		has4 = has4 || a.Addr().Is4()
+		has6 = has6 || a.Addr().Is6()
+	}
+	return has4, has6
+}
+
+// quiet6 is for links of ours that face containers.
+func quiet6(used bool) []setting {
+	var want []setting
+	if used {
 		// Hosts that switch IPv6 off by default refuse the addresses.
-		want = append(want, setting{"net/ipv6/conf/" + b.Name + "/disable_ipv6", "0"})
+		want = append(want, setting{"ipv6/disable_ipv6", "0"})
 		// The link-local address appears with the bridge's first port. While
 		// the kernel looks for duplicates of it, up to two seconds, it resolves
 		// no neighbour for packets that it forwards (ndisc_send_ns), and nobody
 		// outside reaches the first container. Nothing else has the bridge's MAC.
-		want = append(want, setting{"net/ipv6/conf/" + b.Name + "/accept_dad", "0"})
+		want = append(want, setting{"ipv6/accept_dad", "0"})
 	}
 	// A container must not become the host's router by advertising itself.
-	want = append(want, setting{"net/ipv6/conf/" + b.Name + "/accept_ra", "0"})
+	return append(want, setting{"ipv6/accept_ra", "0"})
+}
+
+// link sets a link's settings, named as family/setting.
+func (s *sysctl) link(kind, name string, want []setting, d *done) error {
 	for _, w := range want {
-		changed, err := s.set(w.name, w.value)
-		if errors.Is(err, fs.ErrNotExist) && !has6 && strings.HasPrefix(w.name, "net/ipv6/") {
+		family, key, _ := strings.Cut(w.name, "/")
+		changed, err := s.set(filepath.Join("net", family, "conf", name, key), w.value)
+		if errors.Is(err, fs.ErrNotExist) && family == "ipv6" && (key == "accept_ra" || w.value == "1") {
 			continue // a kernel without IPv6
 		}
 		if err != nil {
-			return fmt.Errorf("bridge %s: %w", b.Name, err)
+			return fmt.Errorf("%s %s: %w", kind, name, err)
 		}
 		if changed {
-			d.say("bridge %s: %s=%s", b.Name, filepath.Base(w.name), w.value)
+			d.say("%s %s: %s=%s", kind, name, key, w.value)
 		}
 	}
 	return nil

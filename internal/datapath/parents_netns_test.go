@@ -1,0 +1,135 @@
+package datapath
+
+import (
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/weftnet/weft/internal/netnstest"
+)
+
+// lanWorld is a host with a card on a LAN, and a station of that LAN.
+func lanWorld(t *testing.T) (k *Kernel, host, station *netnstest.NS) {
+	t.Helper()
+	k, host = newKernel(t)
+	station = netnstest.New(t)
+	host.Exec("sh", "-ec", `
+		ip link set lo up
+		ip link add lan0 type veth peer name far
+		ip addr add 192.0.2.10/24 dev lan0
+		ip addr add 2001:db8:1::10/64 dev lan0 nodad
+		ip link set lan0 up`)
+	station.Take("far", "eth0", prefix("192.0.2.50/24"), prefix("2001:db8:1::50/64"))
+	return k, host, station
+}
+
+func lanAddr(s string) netip.Addr { return netip.MustParseAddr(s) }
+
+// lanNetwork is a macvlan network that the host has access to, with one
+// container.
+func lanNetwork() State {
+	return State{
+		Parents: []Parent{{Name: "lan0", Existing: true}},
+		Children: []Child{
+			{Name: "wfsnet", Parent: "lan0", Kind: "macvlan", Mode: "bridge", MTU: 1500, MAC: MAC{2, 0, 0, 0, 9, 9}, Stays: true,
+				Addrs: []netip.Prefix{prefix("169.254.7.7/32"), prefix("fd77::7/128")}},
+			{Name: "wfa", Parent: "lan0", Kind: "macvlan", Mode: "bridge", MTU: 1500, MAC: mac(5)},
+		},
+		Routes: []Route{
+			{Link: "wfsnet", To: lanAddr("192.0.2.5"), MAC: mac(5), From: "lan0"},
+			{Link: "wfsnet", To: lanAddr("2001:db8:1::5"), MAC: mac(5), From: "lan0"},
+		},
+		Elements: []Element{{Set: SetOwn, Link: "wfsnet"}, {Set: SetAttached, Link: "wfsnet", Net: prefix("192.0.2.5/32")},
+			{Set: SetAccess, Link: "wfsnet", Net: prefix("192.0.2.5/32")},
+			{Set: SetNear, Net: prefix("10.7.0.0/24"), To: lanAddr("192.0.2.5")},
+			{Set: SetNear, Net: prefix("fd07::/64"), To: lanAddr("2001:db8:1::5")}},
+	}
+}
+
+func TestMacvlanEnsureOwnedRemove(t *testing.T) {
+	k, host, _ := lanWorld(t)
+	s := lanNetwork()
+	if lines := ensure(t, k, s); len(lines) == 0 {
+		t.Error("making everything changed nothing")
+	}
+	want := s
+	want.Parents = nil // not ours
+	same(t, k, want)
+	if lines := ensure(t, k, s); len(lines) != 0 {
+		t.Errorf("the second time changed %q", lines)
+	}
+	for addr, src := range map[string]string{"192.0.2.5": "192.0.2.10", "2001:db8:1::5": "2001:db8:1::10"} {
+		if got := host.Exec("ip", "route", "get", addr); !strings.Contains(got, "dev wfsnet") || !strings.Contains(got, "src "+src) {
+			t.Errorf("to %s: %s", addr, got)
+		}
+	}
+	remove(t, k, s)
+	same(t, k, State{})
+	remove(t, k, s)
+	if got := host.Exec("ip", "route", "get", "192.0.2.5"); !strings.Contains(got, "dev lan0") {
+		t.Errorf("the route is left: %s", got)
+	}
+}
+
+func TestMacvlanMends(t *testing.T) {
+	for name, damage := range map[string]string{
+		"gone":          "ip link del wfsnet",
+		"down":          "ip link set wfsnet down",
+		"address":       "ip addr del 169.254.7.7/32 dev wfsnet",
+		"surplus":       "ip addr add 192.0.2.99/32 dev wfsnet",
+		"route":         "ip route del 192.0.2.5",
+		"route, IPv6":   "ip route del 2001:db8:1::5",
+		"neighbour":     "ip neigh del 192.0.2.5 dev wfsnet",
+		"mode":          "ip link set wfsnet type macvlan mode private",
+		"hardware":      "ip link set wfsnet address 02:00:00:00:00:77",
+		"host's source": "ip addr del 192.0.2.10/24 dev lan0; ip addr add 192.0.2.11/24 dev lan0",
+	} {
+		t.Run(name, func(t *testing.T) {
+			k, host, _ := lanWorld(t)
+			s := lanNetwork()
+			ensure(t, k, s)
+			host.Exec("sh", "-ec", damage)
+			want := s
+			want.Parents = nil
+			if want.Minus(owned(t, k)).Empty() && owned(t, k).Minus(want).Empty() {
+				t.Error("Owned does not show the damage")
+			}
+			if lines := ensure(t, k, s); len(lines) == 0 {
+				t.Error("nothing mended")
+			}
+			same(t, k, want)
+			if lines := ensure(t, k, s); len(lines) != 0 {
+				t.Errorf("mended again: %q", lines)
+			}
+		})
+	}
+}
+
+// TestMacvlanAccess: host and container reach each other by their own
+// addresses, and nobody of the LAN hears a second hardware address for the host.
+func TestMacvlanAccess(t *testing.T) {
+	k, host, lan := lanWorld(t)
+	ensure(t, k, lanNetwork())
+	c := netnstest.New(t)
+	c.Take("wfa", "eth0", prefix("192.0.2.5/24"), prefix("2001:db8:1::5/64"))
+	c.Exec("sh", "-ec", `
+		ip route add 169.254.7.7/32 dev eth0; ip route add fd77::7/128 dev eth0
+		ip route add 192.0.2.10/32 via 169.254.7.7; ip route add 2001:db8:1::10/128 via fd77::7`)
+	for _, p := range []struct {
+		from *netnstest.NS
+		to   string
+	}{
+		{host, "192.0.2.5"}, {host, "2001:db8:1::5"}, {c, "192.0.2.10"}, {c, "2001:db8:1::10"},
+		{lan, "192.0.2.5"}, {lan, "192.0.2.10"}, {c, "192.0.2.50"}, {lan, "2001:db8:1::10"}, {c, "2001:db8:1::50"},
+	} {
+		if out, err := p.from.Output("busybox", "ping", "-c", "1", "-W", "2", p.to); err != nil {
+			t.Errorf("ping %s: %v\n%s", p.to, err, out)
+		}
+	}
+	own := strings.Fields(host.Exec("ip", "-br", "link", "show", "lan0"))[2]
+	for _, a := range []string{"192.0.2.10", "2001:db8:1::10"} {
+		if got := lan.Exec("ip", "neigh", "show", a); !strings.Contains(got, own) {
+			t.Errorf("the LAN knows %s as %s, want %s", a, got, own)
+		}
+	}
+}
