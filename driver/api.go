@@ -136,6 +136,13 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req wire.CreateEndpoi
 	if err := checkIDs(req.NetworkID, req.EndpointID); err != nil {
 		return resp, err
 	}
+	addrs, err := parseAddresses(req.Interface)
+	if err != nil {
+		return resp, err
+	}
+	if err := d.vetEndpoint(ctx, req.NetworkID, req.EndpointID, addrs); err != nil {
+		return resp, err
+	}
 	n, unlock := d.find(req.NetworkID)
 	defer unlock()
 	if n == nil {
@@ -169,18 +176,14 @@ func parseInterface(n Network, req wire.CreateEndpointRequest) (Endpoint, error)
 	if req.Interface == nil {
 		return e, nil
 	}
-	for i, text := range []string{req.Interface.Address, req.Interface.AddressIPv6} {
-		if text == "" {
-			continue
-		}
-		p, err := netip.ParsePrefix(text)
-		if err != nil || !families[i].of(p.Addr()) || p.Addr().Is4In6() {
-			return e, fmt.Errorf("%q is not an IPv%d address with its mask", clip(text), families[i])
-		}
+	var err error
+	if e.Addrs, err = parseAddresses(req.Interface); err != nil {
+		return e, err
+	}
+	for _, p := range e.Addrs {
 		if _, ok := n.subnet(p.Addr()); !ok {
 			return e, fmt.Errorf("address %s is in none of the network's subnets (%s)", p.Addr(), pools(n))
 		}
-		e.Addrs = append(e.Addrs, p)
 	}
 	if text := req.Interface.MacAddress; text != "" {
 		hw, err := net.ParseMAC(text)
@@ -190,6 +193,24 @@ func parseInterface(n Network, req wire.CreateEndpointRequest) (Endpoint, error)
 		e.MAC = datapath.MAC(hw)
 	}
 	return e, nil
+}
+
+// parseAddresses reads at most one address per family.
+func parseAddresses(in *wire.EndpointInterface) (addrs []netip.Prefix, err error) {
+	if in == nil {
+		return nil, nil
+	}
+	for i, text := range []string{in.Address, in.AddressIPv6} {
+		if text == "" {
+			continue
+		}
+		p, err := netip.ParsePrefix(text)
+		if err != nil || !families[i].of(p.Addr()) || p.Addr().Is4In6() {
+			return nil, fmt.Errorf("%q is not an IPv%d address with its mask", clip(text), families[i])
+		}
+		addrs = append(addrs, p)
+	}
+	return addrs, nil
 }
 
 func (d *Driver) handleDeleteEndpoint(ctx context.Context, req wire.DeleteEndpointRequest) (plugin.Empty, error) {

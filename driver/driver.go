@@ -81,10 +81,12 @@ type network struct {
 	// holders has who last claimed an address or a link name.
 	holders map[string]*endpoint
 	doomed  bool // to be deleted; wanted by nobody
+	// vetted has when the LAN was asked for an address and nobody answered.
+	vetted map[netip.Addr]time.Time
 }
 
 func newNetwork(rec Network) *network {
-	return &network{rec: rec, endpoints: map[string]*endpoint{}, holders: map[string]*endpoint{}}
+	return &network{rec: rec, endpoints: map[string]*endpoint{}, holders: map[string]*endpoint{}, vetted: map[netip.Addr]time.Time{}}
 }
 
 type endpoint struct {

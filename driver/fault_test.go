@@ -12,51 +12,123 @@ import (
 	"github.com/weftnet/weft/internal/datapath"
 )
 
-// story is the life of one endpoint on a dual-stack network, each call with
-// what the engine does for the endpoint between this call and the next.
-var story = []struct {
+// act is one call of a story.
+type act struct {
 	method, body string
 	undoes       bool // the engine ignores its error and forgets
-}{
-	{"CreateNetwork", createDual(""), false},
-	{"CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", "fd00:1::2/64"), false},
-	{"Join", joinBody(net1, ep1), false},
-	{"ProgramExternalConnectivity", program(net1, ep1, binding(6, 80, "", 8080, 8080), binding(17, 53, "127.0.0.1", 0, 0), binding(6, 81, "", 9000, 9010)), false},
-	{"RevokeExternalConnectivity", ids(net1, ep1), true},
-	{"ProgramExternalConnectivity", program(net1, ep1, binding(6, 80, "", 8080, 8080)), false},
-	{"Leave", ids(net1, ep1), true},
-	{"Join", joinBody(net1, ep1), false},
-	{"DeleteEndpoint", ids(net1, ep1), true},
-	{"CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.2/24", "fd00:1::2/64"), false},
-	{"DeleteNetwork", `{"NetworkID":"` + net1 + `"}`, true},
+	// opens is set where a call that fails may leave the network with a
+	// sub-interface of the host's, which stays until the network goes.
+	opens bool
 }
 
-// play runs the calls from until before to.
-func (r *rig) play(from, to int) {
-	r.t.Helper()
-	for _, c := range story[from:to] {
-		r.must(c.method, c.body)
-		if c.method == "Join" {
+// story is the life of one endpoint on a dual-stack network.
+type story struct {
+	acts []act
+	// steps are those of CreateNetwork; after the last one only the answer is
+	// missing.
+	steps int
+	// between is what the engine does for the endpoint after a call.
+	between func(r *rig, method string)
+}
+
+var stories = map[string]story{
+	"bridge": {acts: bridgeActs, steps: 3, between: func(r *rig, method string) {
+		if method == "Join" {
 			r.kernel.moveIn(veth1)
 		}
+	}},
+	"macvlan, host access": {acts: parentActs(`{"mode":"macvlan","parent":"eth0.10","host_access":"true"}`), steps: 5, between: carried},
+	"macvlan, ports":       {acts: parentActs(`{"mode":"macvlan","parent":"eth0"}`), steps: 5, between: carried},
+	"ipvlan":               {acts: parentActs(`{"mode":"ipvlan","parent":"eth0.10.20"}`), steps: 5, between: carried},
+}
+
+// carried is what the engine does with a sub-interface.
+func carried(r *rig, method string) {
+	switch method {
+	case "Join":
+		r.kernel.carry(r.t, child1)
+	case "Leave":
+		r.kernel.carryBack(child1)
+	}
+}
+
+func parentActs(options string) []act {
+	port := binding(6, 80, "", 8080, 8080)
+	return []act{
+		{method: "CreateNetwork", body: createDual(options)},
+		{method: "CreateEndpoint", body: createEndpoint(net1, ep1, "10.1.0.2/24", "fd00:1::2/64")},
+		{method: "Join", body: program(net1, ep1, port), opens: true},
+		{method: "ProgramExternalConnectivity", body: program(net1, ep1, port)},
+		{method: "RevokeExternalConnectivity", body: ids(net1, ep1), undoes: true},
+		{method: "ProgramExternalConnectivity", body: program(net1, ep1, port)},
+		{method: "Leave", body: ids(net1, ep1), undoes: true},
+		{method: "Join", body: program(net1, ep1, port)},
+		{method: "Leave", body: ids(net1, ep1), undoes: true},
+		{method: "DeleteEndpoint", body: ids(net1, ep1), undoes: true},
+		{method: "CreateEndpoint", body: createEndpoint(net1, ep2, "10.1.0.2/24", "fd00:1::2/64")},
+		{method: "DeleteNetwork", body: `{"NetworkID":"` + net1 + `"}`, undoes: true},
+	}
+}
+
+var bridgeActs = []act{
+	{method: "CreateNetwork", body: createDual("")},
+	{method: "CreateEndpoint", body: createEndpoint(net1, ep1, "10.1.0.2/24", "fd00:1::2/64")},
+	{method: "Join", body: joinBody(net1, ep1)},
+	{method: "ProgramExternalConnectivity", body: program(net1, ep1, binding(6, 80, "", 8080, 8080), binding(17, 53, "127.0.0.1", 0, 0), binding(6, 81, "", 9000, 9010))},
+	{method: "RevokeExternalConnectivity", body: ids(net1, ep1), undoes: true},
+	{method: "ProgramExternalConnectivity", body: program(net1, ep1, binding(6, 80, "", 8080, 8080))},
+	{method: "Leave", body: ids(net1, ep1), undoes: true},
+	{method: "Join", body: joinBody(net1, ep1)},
+	{method: "DeleteEndpoint", body: ids(net1, ep1), undoes: true},
+	{method: "CreateEndpoint", body: createEndpoint(net1, ep2, "10.1.0.2/24", "fd00:1::2/64")},
+	{method: "DeleteNetwork", body: `{"NetworkID":"` + net1 + `"}`, undoes: true},
+}
+
+// play runs acts of a story one after the other.
+func (r *rig) play(s story, acts []act) {
+	r.t.Helper()
+	for _, c := range acts {
+		r.must(c.method, c.body)
+		s.between(r, c.method)
+	}
+}
+
+// eachAct runs f for every act of every story, with its number.
+func eachAct(t *testing.T, f func(t *testing.T, s story, i int)) {
+	t.Helper()
+	for name, s := range stories {
+		t.Run(name, func(t *testing.T) {
+			for i := range s.acts {
+				f(t, s, i)
+			}
+		})
 	}
 }
 
 func TestStory(t *testing.T) {
-	r := newRig(t)
-	r.play(0, len(story))
-	r.empty()
+	for name, s := range stories {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			for _, c := range s.acts {
+				r.play(s, []act{c})
+				r.idle()
+			}
+			r.empty()
+		})
+	}
 }
 
 // TestFailEveryStep makes every call of the story fail at every call of its
 // own to the kernel and the stores, before and after the work was done.
 func TestFailEveryStep(t *testing.T) {
-	for i, c := range story {
+	eachAct(t, func(t *testing.T, s story, i int) {
+		t.Helper()
+		c := s.acts[i]
 		for _, late := range []bool{false, true} {
 			for k := 1; ; k++ {
 				fired := false
 				t.Run(fmt.Sprintf("%d %s %d late=%t", i, c.method, k, late), func(t *testing.T) {
-					fired = failStep(t, i, k, late)
+					fired = failStep(t, s, i, k, late)
 				})
 				if !fired {
 					if k == 1 && c.method != "Join" {
@@ -66,21 +138,21 @@ func TestFailEveryStep(t *testing.T) {
 				}
 			}
 		}
-	}
+	})
 }
 
 // failStep plays the story up to call i, which fails in its k-th step; then the
 // engine either goes on without it or repeats it. It reports whether there is a
 // k-th step.
-func failStep(t *testing.T, i, k int, late bool) (fired bool) {
+func failStep(t *testing.T, s story, i, k int, late bool) (fired bool) {
 	t.Helper()
 	for _, again := range []bool{false, true} {
 		r := newRig(t)
-		r.play(0, i)
+		r.play(s, s.acts[:i])
 		before := r.kernel.text()
 		records := strings.Join(r.records(), " ")
 		r.faults.arm(k, late)
-		_, err := r.call(story[i].method, story[i].body)
+		_, err := r.call(s.acts[i].method, s.acts[i].body)
 		fired = r.faults.fired
 		r.faults.arm(0, false)
 		if !fired {
@@ -93,16 +165,16 @@ func failStep(t *testing.T, i, k int, late bool) (fired bool) {
 			t.Error("the call succeeded although a step failed")
 		}
 		if again {
-			r.play(i, len(story))
+			r.play(s, s.acts[i:])
 			r.idle()
 			r.empty()
 			continue
 		}
-		if story[i].undoes { // the engine ignored the error: the next pass finishes it
+		if s.acts[i].undoes { // the engine ignored the error: the next pass finishes it
 			r.reconcile()
 		}
 		r.idle()
-		if !story[i].undoes {
+		if !s.acts[i].undoes && !s.acts[i].opens {
 			if after := r.kernel.text(); trim(after) != trim(before) {
 				t.Errorf("the call failed and left\n%s\nwhere there was\n%s", after, before)
 			}
@@ -112,8 +184,9 @@ func failStep(t *testing.T, i, k int, late bool) (fired bool) {
 		}
 		r.restart()
 		r.idle()
-		if story[i].undoes {
-			r.play(i+1, len(story))
+		if s.acts[i].undoes {
+			s.between(r, s.acts[i].method)
+			r.play(s, s.acts[i+1:])
 		}
 		r.must("DeleteEndpoint", ids(net1, ep1))
 		r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
@@ -137,14 +210,16 @@ func trim(text string) string {
 // next start finds is finished by it, by the engine's next calls, or after a
 // while.
 func TestKillEveryStep(t *testing.T) {
-	for i, c := range story {
+	eachAct(t, func(t *testing.T, s story, i int) {
+		t.Helper()
+		c := s.acts[i]
 		for _, late := range []bool{false, true} {
 			for k := 1; ; k++ {
 				fired := false
 				t.Run(fmt.Sprintf("%d %s %d late=%t", i, c.method, k, late), func(t *testing.T) {
 					r := newRig(t)
-					r.play(0, i)
-					fired = r.killed(i, k, late)
+					r.play(s, s.acts[:i])
+					fired = r.killed(c, k, late)
 					if !fired {
 						return
 					}
@@ -153,7 +228,7 @@ func TestKillEveryStep(t *testing.T) {
 					r.idle()
 					// The engine knows no such network; unless all was done but
 					// the answer, nothing is left of it.
-					if answered := late && k == 3; i == 0 && !answered {
+					if answered := late && k == s.steps; i == 0 && !answered {
 						r.empty()
 					}
 					r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
@@ -164,16 +239,16 @@ func TestKillEveryStep(t *testing.T) {
 				}
 			}
 		}
-	}
+	})
 }
 
-// killed runs call i on a driver that can do nothing from its k-th step on,
+// killed makes a call on a driver that can do nothing from its k-th step on,
 // and then starts another.
-func (r *rig) killed(i, k int, late bool) (fired bool) {
+func (r *rig) killed(c act, k int, late bool) (fired bool) {
 	r.t.Helper()
 	r.faults.dead = true
 	r.faults.arm(k, late)
-	_, _ = r.call(story[i].method, story[i].body)
+	_, _ = r.call(c.method, c.body)
 	fired = r.faults.fired
 	r.faults.dead = false
 	r.faults.arm(0, false)

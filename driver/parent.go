@@ -383,7 +383,13 @@ func (d *Driver) tryParent(ctx context.Context, n *network) error {
 	if _, err := d.kernel.Ensure(ctx, s); err != nil {
 		return err
 	}
-	return d.kernel.Remove(ctx, s)
+	err := d.kernel.Remove(ctx, s)
+	if err != nil {
+		ctx, cancel := cleanup(ctx)
+		defer cancel()
+		err = join(err, d.kernel.Remove(ctx, s))
+	}
+	return err
 }
 
 // openAccess makes the host's own sub-interface, if the network has none yet.
@@ -403,13 +409,19 @@ func (d *Driver) openAccess(ctx context.Context, id string) error {
 	}
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	rec := n.rec
+	old, before := n.rec, d.networkState(n)
+	rec := old
 	rec.Access = true
-	if err := d.saveNetwork(ctx, n, rec); err != nil {
-		return err
+	err := d.saveNetwork(ctx, n, rec)
+	if err == nil {
+		_, err = d.kernel.Ensure(ctx, d.networkState(n))
 	}
-	_, err := d.kernel.Ensure(ctx, d.networkState(n))
-	return err
+	if err != nil {
+		ctx, cancel := cleanup(ctx)
+		defer cancel()
+		return join(err, d.kernel.Remove(ctx, without(d.networkState(n), before)), d.saveNetwork(ctx, n, old))
+	}
+	return nil
 }
 
 // arrive is what Join does for an endpoint on a parent: from now on its link is

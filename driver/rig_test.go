@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -18,6 +19,7 @@ import (
 	"github.com/sirupsen/logrus"
 	logtest "github.com/sirupsen/logrus/hooks/test"
 
+	"github.com/weftnet/weft/internal/datapath"
 	"github.com/weftnet/weft/internal/plugin"
 	"github.com/weftnet/weft/internal/store"
 )
@@ -46,6 +48,9 @@ func newRig(t *testing.T) *rig {
 	f := &faults{}
 	r := &rig{t: t, faults: f, kernel: newFakeKernel(f), clock: &clock{at: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}}
 	r.host = newFakeHost(r.kernel, 1450)
+	r.host.card(datapath.LinkFacts{Name: "eth0", Up: true, MTU: 1500, MAC: datapath.MAC{2, 0, 0, 0, 0, 1},
+		Addrs: []netip.Prefix{netip.MustParsePrefix("10.1.0.10/24"), netip.MustParsePrefix("fd00:1::10/64")}})
+	r.host.bridged = []netip.Prefix{netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("fd00:17::/64")}
 	r.logger, r.log = logtest.NewNullLogger()
 	dir := t.TempDir()
 	r.nets = openStore(t, filepath.Join(dir, "weft.db"))
@@ -293,7 +298,8 @@ const (
 	ep2  = "e22222222222708192a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c5d6e7f809"
 	ep3  = "e33333333333708192a3b4c5d6e7f8091a2b3c4d5e6f708192a3b4c5d6e7f809"
 
-	veth1 = "wfve11111111111"
+	veth1  = "wfve11111111111"
+	child1 = "wfce11111111111"
 )
 
 // createNetwork is the body of 28.5 for a network with options in JSON.

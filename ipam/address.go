@@ -26,6 +26,33 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 	if first, last := r.id.usable(); r.want.IsValid() && (!r.id.prefix.Contains(r.want) || r.want.Less(first) || last.Less(r.want)) {
 		return netip.Prefix{}, fmt.Errorf("address %s is not a usable one of pool %s: %s to %s are", r.want, r.id.prefix, first, last)
 	}
+	var err error
+	for range mostSquatters {
+		var a netip.Prefix
+		if a, err = i.grant(ctx, r); err != nil || i.vet == nil || r.kind == kindGateway || r.id.space != LocalSpace {
+			return a, err
+		}
+		if err = i.vet(ctx, r.id.prefix, a.Addr()); err == nil {
+			return a, nil
+		}
+		// Whoever has it was not asked by us: back with it, and on to the next.
+		if rerr := i.releaseAddress(context.WithoutCancel(ctx), r.id, a.Addr()); rerr != nil {
+			return netip.Prefix{}, fmt.Errorf("%w (and giving it back: %w)", err, rerr)
+		}
+		if r.want.IsValid() || ctx.Err() != nil {
+			return netip.Prefix{}, err
+		}
+	}
+	return netip.Prefix{}, fmt.Errorf("%d addresses in a row are held by others, the last one: %w", mostSquatters, err)
+}
+
+// mostSquatters bounds how many addresses one request finds in the hands of
+// stations of the LAN. Each answers at once, so that this takes no time; a free
+// one takes some 300 ms to tell.
+const mostSquatters = 32
+
+// grant hands out an address of the pool.
+func (i *IPAM) grant(ctx context.Context, r addressRequest) (netip.Prefix, error) {
 	for range 3 {
 		p, err := i.find(ctx, r.id)
 		if err != nil {

@@ -32,6 +32,9 @@ type Config struct {
 	// Holder returns the ID of the network of our own driver that uses
 	// exactly this subnet. nil: there is no such driver.
 	Holder func(netip.Prefix) (networkID string, ok bool)
+	// Vet asks the LAN of the network that has this subnet whether somebody
+	// holds the address; the error says who. nil: nobody is asked.
+	Vet func(ctx context.Context, pool netip.Prefix, a netip.Addr) error
 	// Pools is where automatic pools come from. A family without a range in
 	// it has the default ones.
 	Pools []PoolRange
@@ -44,6 +47,7 @@ type IPAM struct {
 	store  records
 	host   func(context.Context) ([]netip.Prefix, error)
 	holder func(netip.Prefix) (string, bool)
+	vet    func(context.Context, netip.Prefix, netip.Addr) error
 	log    logrus.FieldLogger
 
 	changes chan struct{} // holds one token: making and dropping pools
@@ -119,7 +123,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, log: c.Log,
+		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, log: c.Log,
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 	}
 	if i.holder == nil {

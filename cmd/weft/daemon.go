@@ -138,7 +138,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		return p, err
 	}
 	p.ipam, err = ipam.New(ipam.Config{
-		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Pools: pools, Log: log,
+		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Vet: p.driver.Vet, Pools: pools, Log: log,
 	})
 	if err != nil {
 		return p, err

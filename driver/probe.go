@@ -1,0 +1,99 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"time"
+)
+
+// vetTime is how long an address counts as free after the LAN was asked: the
+// IPAM half asks before it hands one out, and the endpoint follows at once.
+const vetTime = 15 * time.Second
+
+// lan is the link by which the network's addresses are asked for before they are
+// handed out; "" where nobody else can have them.
+func (n Network) lan() string {
+	o := n.Options
+	switch {
+	case o.NoProbe, o.layer3():
+		return ""
+	case n.Mode == modeBridge:
+		return o.Bridge
+	case o.Parent == "":
+		return ""
+	}
+	return n.parent()
+}
+
+// Vet asks the LAN of the network that has exactly this subnet whether somebody
+// there holds an address, for up to half a second and with no lock held. The error
+// says who. Where there is no such network, or its addresses are nobody else's
+// business, there is none.
+func (d *Driver) Vet(ctx context.Context, pool netip.Prefix, a netip.Addr) error {
+	d.mu.Lock()
+	var n *network
+	for _, x := range d.networks {
+		if s, ok := x.rec.subnet(a); ok && s.Pool == pool && !x.doomed && x.rec.lan() != "" {
+			n = x
+		}
+	}
+	d.mu.Unlock()
+	if n == nil {
+		return nil
+	}
+	return d.vet(ctx, n, a)
+}
+
+// vet asks the LAN of n for one address, unless it was asked just now or the
+// address is that of an endpoint of ours, which would answer.
+func (d *Driver) vet(ctx context.Context, n *network, a netip.Addr) error {
+	d.mu.Lock()
+	link, now := n.rec.lan(), d.now()
+	holder := n.holders[a.String()]
+	asked, known := n.vetted[a]
+	ours := holder != nil && holder.holds()
+	d.mu.Unlock()
+	if link == "" || ours || known && now.Sub(asked) < vetTime {
+		return nil
+	}
+	mac, taken, err := d.host.Probe(ctx, link, a)
+	if ctx.Err() != nil {
+		return fmt.Errorf("ask the LAN for %s: %w", a, ctx.Err())
+	}
+	if err != nil {
+		// The parent may be away; an endpoint cannot be made then anyway.
+		d.log.WithField("network", n.rec.ID).WithError(err).Debug("the LAN could not be asked")
+		return nil
+	}
+	if taken {
+		return fmt.Errorf("address %s is in use on the LAN: %s answers for it on %s; take another, or make the network with -o probe=false", a, mac, link)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for old, at := range n.vetted {
+		if now.Sub(at) >= vetTime {
+			delete(n.vetted, old)
+		}
+	}
+	n.vetted[a] = now
+	return nil
+}
+
+// vetEndpoint asks for the addresses of an endpoint that is about to be made;
+// those that another IPAM handed out have not been asked for yet.
+func (d *Driver) vetEndpoint(ctx context.Context, networkID, endpointID string, addrs []netip.Prefix) error {
+	d.mu.Lock()
+	n := d.networks[networkID]
+	skip := n == nil || n.doomed || n.endpoints[endpointID] != nil
+	d.mu.Unlock()
+	if skip {
+		return nil
+	}
+	for _, a := range addrs {
+		if err := d.vet(ctx, n, a.Addr()); err != nil {
+			return err
+		}
+	}
+	return nil
+}
