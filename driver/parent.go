@@ -392,11 +392,12 @@ func (d *Driver) tryParent(ctx context.Context, n *network) error {
 	return err
 }
 
-// openAccess makes the host's own sub-interface, if the network has none yet.
+// openAccess makes the host's own sub-interface for published ports, if the
+// network has none yet and one would be of use.
 func (d *Driver) openAccess(ctx context.Context, id string) error {
 	d.mu.Lock()
 	n := d.networks[id]
-	need := n != nil && !n.doomed && n.rec.onParent() && !n.rec.Access
+	need := n != nil && !n.doomed && n.rec.onParent() && !n.rec.Access && n.rec.Options.reachable() && n.rec.Options.Egress == EgressDriver
 	d.mu.Unlock()
 	if !need {
 		return nil

@@ -22,7 +22,7 @@ type Status struct {
 type NetworkStatus struct {
 	ID        string         `json:"id"`
 	Mode      string         `json:"mode"`
-	Link      string         `json:"link,omitempty"` // its bridge
+	Link      string         `json:"link,omitempty"` // its bridge or parent
 	Internal  bool           `json:"internal"`
 	Egress    Egress         `json:"egress"`
 	MTU       int            `json:"mtu"`
@@ -41,7 +41,7 @@ type SubnetStatus struct {
 type EndpointStatus struct {
 	ID      string         `json:"id"`
 	Network string         `json:"network"`
-	Link    string         `json:"link"` // the host's end
+	Link    string         `json:"link"` // the host's end; on a parent, the sub-interface
 	Addrs   []netip.Prefix `json:"addresses"`
 	MAC     datapath.MAC   `json:"mac"`
 	// State is up, left (the container stopped), or lost (its link was
@@ -82,13 +82,14 @@ func (d *Driver) Status(context.Context) (Status, error) {
 			continue
 		}
 		ns := n.status()
+		ns.Link = n.rec.parent()
 		if b := d.networkState(n).Bridges; len(b) > 0 {
 			ns.Link = b[0].Name
 		}
 		for _, e := range n.endpoints {
 			if !e.doomed {
 				ns.Endpoints++
-				s.Endpoints = append(s.Endpoints, e.status())
+				s.Endpoints = append(s.Endpoints, e.status(n.rec))
 			}
 		}
 		s.Networks = append(s.Networks, ns)
@@ -113,10 +114,13 @@ func (n *network) status() NetworkStatus {
 	return s
 }
 
-func (e *endpoint) status() EndpointStatus {
+func (e *endpoint) status(n Network) EndpointStatus {
 	s := EndpointStatus{
 		ID: e.rec.ID, Network: e.rec.Network, Link: hostEnd(e.rec.ID), Addrs: slices.Clone(e.rec.Addrs), MAC: e.rec.MAC,
 		State: "up", Gateway: e.rec.Programmed, Ports: []PortStatus{}, Created: e.rec.Created,
+	}
+	if n.onParent() {
+		s.Link = peerEnd(e.rec.ID)
 	}
 	if s.Addrs == nil {
 		s.Addrs = []netip.Prefix{}
