@@ -2,8 +2,11 @@ package datapath
 
 import (
 	"net/netip"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/weftnet/weft/internal/netnstest"
 )
@@ -115,6 +118,13 @@ func TestMacvlanAccess(t *testing.T) {
 	c.Exec("sh", "-ec", `
 		ip route add 169.254.7.7/32 dev eth0; ip route add fd77::7/128 dev eth0
 		ip route add 192.0.2.10/32 via 169.254.7.7; ip route add 2001:db8:1::10/128 via fd77::7`)
+	heard := filepath.Join(t.TempDir(), "heard")
+	listener := lan.Start("sh", "-c", "exec tcpdump -l -n -i eth0 'arp[6:2] = 2' >"+heard+" 2>&1")
+	for stop := time.Now().Add(5 * time.Second); !strings.Contains(read(t, heard), "listening"); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(stop) {
+			t.Fatal("tcpdump does not listen: ", read(t, heard))
+		}
+	}
 	for _, p := range []struct {
 		from *netnstest.NS
 		to   string
@@ -127,9 +137,36 @@ func TestMacvlanAccess(t *testing.T) {
 		}
 	}
 	own := strings.Fields(host.Exec("ip", "-br", "link", "show", "lan0"))[2]
+	// A second answer would come later and so be ignored by this station, not by
+	// every switch.
+	time.Sleep(200 * time.Millisecond)
+	_ = listener.Process.Signal(os.Interrupt)
+	_ = listener.Wait()
+	answers := 0
+	for line := range strings.Lines(read(t, heard)) {
+		if _, mac, ok := strings.Cut(line, "Reply 192.0.2.10 is-at "); ok {
+			answers++
+			if !strings.HasPrefix(mac, own) {
+				t.Errorf("the LAN hears %s", line)
+			}
+		}
+	}
+	if answers == 0 {
+		t.Errorf("nobody answered for the host: %s", read(t, heard))
+	}
 	for _, a := range []string{"192.0.2.10", "2001:db8:1::10"} {
 		if got := lan.Exec("ip", "neigh", "show", a); !strings.Contains(got, own) {
 			t.Errorf("the LAN knows %s as %s, want %s", a, got, own)
 		}
 	}
+}
+
+// read returns a file's content, "" while it is not there.
+func read(t *testing.T, file string) string {
+	t.Helper()
+	b, err := os.ReadFile(file)
+	if err != nil && !os.IsNotExist(err) {
+		t.Fatal(err)
+	}
+	return string(b)
 }
