@@ -101,11 +101,33 @@ func serveTCP(l net.Listener) error {
 			defer func() { _ = c.Close() }() // nothing is lost with it
 			r := bufio.NewScanner(c)
 			for r.Scan() {
+				if r.Text() == "sink" {
+					_, _ = io.Copy(sink{}, c) // until the client has had enough
+					return
+				}
 				if _, err := c.Write(reply(c.RemoteAddr())); err != nil {
 					return
 				}
 			}
 		}()
+	}
+}
+
+// sink takes what it is given in large pieces; io.Discard would have the kernel
+// splice them, which no program that reads does.
+type sink struct{}
+
+func (sink) Write(b []byte) (int, error) { return len(b), nil }
+
+// ReadFrom implements io.ReaderFrom.
+func (sink) ReadFrom(r io.Reader) (total int64, err error) {
+	b := make([]byte, 256<<10)
+	for {
+		n, err := r.Read(b)
+		total += int64(n)
+		if err != nil {
+			return total, err
+		}
 	}
 }
 
@@ -206,6 +228,40 @@ func stream(args []string, out io.Writer) error {
 		longest = max(longest, time.Since(start))
 		time.Sleep(5 * time.Millisecond)
 	}
+}
+
+// send sends what a connection takes for some time and prints how many bytes a
+// second that was. A server of ours takes them after a line of its own.
+func send(args []string, out io.Writer) error {
+	if len(args) != 2 {
+		return errors.New("usage: probe send address:port duration")
+	}
+	d, err := time.ParseDuration(args[1])
+	if err != nil {
+		return err
+	}
+	c, err := net.DialTimeout("tcp", args[0], 5*time.Second)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }() // nothing is lost with it
+	if _, err := io.WriteString(c, "sink\n"); err != nil {
+		return err
+	}
+	block := make([]byte, 256<<10)
+	start, total := time.Now(), 0
+	for time.Since(start) < d {
+		if err := c.SetWriteDeadline(time.Now().Add(5 * time.Second)); err != nil {
+			return err
+		}
+		n, err := c.Write(block)
+		if err != nil {
+			return err
+		}
+		total += n
+	}
+	_, err = fmt.Fprintf(out, "%.0f\n", float64(total)/time.Since(start).Seconds())
+	return err
 }
 
 // free says whether a program could listen on proto and address now.
