@@ -48,6 +48,28 @@ func exampleTable() map[string]example {
 				{name: "from the host", ask: dial("host", "tcp", "web:80", "-wait", "5s"), want: "web sees 10.43.0.1"},
 			},
 		},
+		"lan.yaml": {
+			before: func(w *world) {
+				w.e.net(w, "ip", "addr", "add", "192.168.1.10/24", "dev", "lan0")
+				w.e.lan.client.net(w, "ip", "addr", "add", "192.168.1.1/24", "dev", "lan0")
+				w.learn("lan.host", "192.168.1.10")
+				w.learn("router", "192.168.1.1")
+			},
+			probes: []probe{
+				{name: "from the LAN", ask: dial("client", "tcp", "dns:80", "-wait", "5s"), want: "dns sees router"},
+				{name: "to the LAN", ask: dial("web", "tcp", "router:7000"), want: "client sees web"},
+				{name: "address", ask: fact("dns", func(_ *world, ifs []iface) string { return ifs[0].Addrs[0] }), want: "192.168.1.200/24"},
+				{name: "from the host", ask: dial("host", "tcp", "web:80"), want: "web sees lan.host"},
+				{name: "by name", ask: dial("web", "tcp", "name/dns:80"), want: "dns sees web"},
+				{name: "from a bridge", ask: dial("cache", "tcp", "web:80"), want: "web sees cache"},
+				{name: "to a bridge", ask: dial("web", "tcp", "cache:6379"), want: "cache sees web"},
+				{name: "published, from the LAN", ask: func(w *world) string {
+					// The host's own sub-interface has an address of its own choice.
+					who, _, _ := strings.Cut(w.dialFrom("client", "tcp", "lan.host:8080"), " sees ")
+					return who
+				}, want: "web"},
+			},
+		},
 		"routed.yaml": {probes: []probe{
 			{name: "from outside at its own address", ask: dial("client", "tcp", "web:80", "-wait", "5s"), want: "web sees client"},
 			{name: "to outside", ask: dial("web", "tcp", "client:7000"), want: "client sees web"},
@@ -141,7 +163,7 @@ func (e *engine) compose(file, project string, args ...string) error {
 		return err
 	}
 	c := exec.Command(name, append([]string{"-f", file, "-p", project}, args...)...)
-	c.Env = append(os.Environ(), "DOCKER_HOST=unix://"+e.socket(), "DOCKER_CONFIG="+e.dir, "COMPOSE_HTTP_TIMEOUT=120")
+	c.Env = append(os.Environ(), "DOCKER_HOST=unix://"+e.socket(), "DOCKER_CONFIG="+e.dir, "COMPOSE_HTTP_TIMEOUT=120", "PARENT=lan0")
 	_, err = output(c)
 	return err
 }
