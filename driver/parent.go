@@ -280,6 +280,11 @@ func (d *Driver) findParent(ctx context.Context, rec *Network, old *network) err
 		rec.MTU = below.MTU
 	}
 	rec.identify(below.MAC)
+	if rec.Mode == modeIPvlan && o.HostAccess && !o.layer3() && below.Strict {
+		// What an ipvlan does not know comes out of its parent, but the way back
+		// leads by the host's own sub-interface.
+		return fmt.Errorf("option host_access=true: reverse path filtering on %s is strict and would drop what its containers send to the host: sysctl -w net.ipv4.conf.%s.rp_filter=2", below.Name, below.Name)
+	}
 	if below.Name == o.Parent && !o.layer3() {
 		return fits(*rec, below)
 	}

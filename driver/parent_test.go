@@ -103,7 +103,7 @@ func TestParentRefused(t *testing.T) {
 	r.host.card(datapath.LinkFacts{Name: "port0", Up: true, MTU: 1500, Master: "br0"})
 	r.host.card(datapath.LinkFacts{Name: "lo", Up: true, MTU: 65536})
 	r.host.card(datapath.LinkFacts{Name: "wfv1", Kind: "veth", Ours: true, Up: true, MTU: 1500})
-	r.host.card(datapath.LinkFacts{Name: "small0", Up: true, MTU: 1279})
+	r.host.card(datapath.LinkFacts{Name: "strict0", Up: true, MTU: 1500, Strict: true})
 	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"eth0.10"}`))
 	r.must("CreateNetwork", createNetwork(net3, "10.3.0.0/24", `{"mode":"ipvlan","parent":"eth0.30"}`))
 	for _, c := range []struct {
@@ -125,6 +125,7 @@ func TestParentRefused(t *testing.T) {
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0","bridge":"br0"}`, []string{"bridge", "mode macvlan"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0","host_access":"true","macvlan_mode":"private"}`, []string{"host_access=true", "macvlan_mode=private", "macvlan_mode=bridge"}},
 		{"10.2.0.0/24", `{"mode":"ipvlan","parent":"eth0","host_access":"true","ipvlan_flag":"vepa"}`, []string{"ipvlan_flag=vepa", "ipvlan_flag=bridge"}},
+		{"10.2.0.0/24", `{"mode":"ipvlan","parent":"strict0","host_access":"true"}`, []string{"host_access=true", "strict0", "rp_filter=2"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0","host_address":"10.2.0.9"}`, []string{"host_address", "host_access=true"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0","host_access":"true","host_address":"10.9.0.9"}`, []string{"10.9.0.9", "10.2.0.0/24"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","egress":"driver"}`, []string{"egress=driver", "parent"}},

@@ -340,6 +340,9 @@ type LinkFacts struct {
 	MAC        MAC
 	Master     string // the bridge or bond that it is a port of
 	Addrs      []netip.Prefix
+	// Strict is set where the kernel drops IPv4 packets that come in by another
+	// link than the way back to their source (rp_filter=1, RFC 3704).
+	Strict bool
 }
 
 // Link describes a link of the host; ok is false where there is none of that
@@ -359,6 +362,9 @@ func (k *Kernel) Link(ctx context.Context, name string) (f LinkFacts, ok bool, e
 		return f, false, err
 	}
 	f = LinkFacts{Name: x.name, Kind: x.kind, Ours: x.ours(), Up: x.up, MTU: x.mtu, MAC: x.mac, Addrs: addrs[x.index]}
+	if f.Strict, err = k.sysctl.strict(name); err != nil {
+		return f, false, err
+	}
 	for _, m := range all {
 		if x.master != 0 && m.index == x.master {
 			f.Master = m.name

@@ -4,6 +4,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -169,4 +170,26 @@ func read(t *testing.T, file string) string {
 		t.Fatal(err)
 	}
 	return string(b)
+}
+
+func TestLink(t *testing.T) {
+	k, host, _ := lanWorld(t)
+	host.Exec("sh", "-ec", "ip link add br0 type bridge; ip link add p0 type veth peer name p1; ip link set p0 master br0; sysctl -qw net.ipv4.conf.all.rp_filter=0 net.ipv4.conf.lan0.rp_filter=0 net.ipv4.conf.p0.rp_filter=1")
+	f, ok, err := k.Link(t.Context(), "lan0")
+	if err != nil || !ok || !f.Up || f.Ours || f.Strict || f.MTU != 1500 || f.Master != "" || len(f.Addrs) != 2 {
+		t.Errorf("lan0: %+v, %t, %v", f, ok, err)
+	}
+	f, ok, err = k.Link(t.Context(), "p0")
+	if err != nil || !ok || f.Up || !f.Strict || f.Master != "br0" || f.Kind != "veth" {
+		t.Errorf("p0: %+v, %t, %v", f, ok, err)
+	}
+	if f, ok, err := k.Link(t.Context(), "none"); ok || err != nil {
+		t.Errorf("none: %+v, %t, %v", f, ok, err)
+	}
+	ensure(t, k, State{Bridges: []Bridge{{Name: "wfb1", MTU: 1500, MAC: mac(9), Addrs: []netip.Prefix{prefix("10.9.0.1/24")}}}})
+	host.Exec("ip", "addr", "add", "172.17.0.1/16", "dev", "br0")
+	got, err := k.Bridged(t.Context())
+	if want := []netip.Prefix{prefix("10.9.0.0/24"), prefix("172.17.0.0/16")}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("bridged: %v, %v", got, err)
+	}
 }

@@ -174,6 +174,23 @@ func (s *sysctl) on(name string) (bool, error) {
 	return err == nil && v != "0", err
 }
 
+// strict reports whether reverse path filtering of a link is strict: the kernel
+// goes by the higher one of the link's value and that of all.
+func (s *sysctl) strict(link string) (bool, error) {
+	high := "0"
+	for _, name := range []string{"all", link} {
+		v, err := s.get("net/ipv4/conf/" + name + "/rp_filter")
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return false, err
+		}
+		high = max(high, v)
+	}
+	return high == "1", nil
+}
+
 // keepRouters lets interfaces that learn their routes from router
 // advertisements go on learning while we forward: with accept_ra=1 the kernel
 // stops and the host loses its IPv6 default route.
