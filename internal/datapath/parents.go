@@ -202,7 +202,7 @@ func (l *links) ensureRoutes(ctx context.Context, list []Route, d *done) error {
 		if slices.ContainsFunc(have, func(x Route) bool { return routeKey(x) == routeKey(r) }) {
 			continue
 		}
-		index, err := l.index(r.Link)
+		own, err := l.change.get(r.Link)
 		if err != nil {
 			return fmt.Errorf("route to %s: %s %w", r.To, r.Link, err)
 		}
@@ -212,14 +212,16 @@ func (l *links) ensureRoutes(ctx context.Context, list []Route, d *done) error {
 				src = sourceFor(addrs[from], r.To)
 			}
 		}
-		if err := l.lib.RouteReplace(hostRoute(r, index, src)); err != nil {
+		if err := l.lib.RouteReplace(hostRoute(r, own.index, src)); err != nil {
 			return fmt.Errorf("route to %s by %s: %w", r.To, r.Link, err)
 		}
 		d.made.Routes = append(d.made.Routes, r)
-		if r.MAC != (MAC{}) {
-			if err := l.lib.NeighSet(neighEntry(r, index)); err != nil {
-				return fmt.Errorf("neighbour %s on %s: %w", r.To, r.Link, err)
-			}
+		mac := r.MAC
+		if mac == (MAC{}) {
+			mac = own.mac
+		}
+		if err := l.lib.NeighSet(neighEntry(r.To, mac, own.index)); err != nil {
+			return fmt.Errorf("neighbour %s on %s: %w", r.To, r.Link, err)
 		}
 		d.say("%s: route to %s", r.Link, r.To)
 	}
@@ -241,12 +243,12 @@ func sourceFor(list []netip.Prefix, a netip.Addr) netip.Addr {
 	return best.Addr()
 }
 
-func neighEntry(r Route, index int) *netlink.Neigh {
+func neighEntry(a netip.Addr, mac MAC, index int) *netlink.Neigh {
 	family := netlink.FAMILY_V6
-	if r.To.Is4() {
+	if a.Is4() {
 		family = netlink.FAMILY_V4
 	}
-	return &netlink.Neigh{LinkIndex: index, Family: family, State: netlink.NUD_PERMANENT, IP: r.To.AsSlice(), HardwareAddr: r.MAC[:]}
+	return &netlink.Neigh{LinkIndex: index, Family: family, State: netlink.NUD_PERMANENT, IP: a.AsSlice(), HardwareAddr: mac[:]}
 }
 
 // removeRoute removes a route and its neighbour entry; absent is success, and so
@@ -263,10 +265,7 @@ func (l *links) removeRoute(r Route) error {
 	if err != nil && !errors.Is(err, unix.ESRCH) {
 		return fmt.Errorf("remove route to %s by %s: %w", r.To, r.Link, err)
 	}
-	if r.MAC == (MAC{}) {
-		return nil
-	}
-	if err := l.lib.NeighDel(neighEntry(r, index)); err != nil && !errors.Is(err, unix.ENOENT) {
+	if err := l.lib.NeighDel(neighEntry(r.To, r.MAC, index)); err != nil && !errors.Is(err, unix.ENOENT) {
 		return fmt.Errorf("remove neighbour %s on %s: %w", r.To, r.Link, err)
 	}
 	return nil
@@ -289,10 +288,10 @@ func (l *links) ownedRoutes(ctx context.Context, all []link) ([]Route, error) {
 			return nil, fmt.Errorf("list links: %w", err)
 		}
 	}
-	names := make(map[int]string, len(all))
+	ours := make(map[int]link, len(all))
 	for _, x := range all {
 		if x.ours() {
-			names[x.index] = x.name
+			ours[x.index] = x
 		}
 	}
 	macs, err := l.neighbours(ctx)
@@ -302,9 +301,19 @@ func (l *links) ownedRoutes(ctx context.Context, all []link) ([]Route, error) {
 	var out []Route
 	for _, r := range list {
 		p, ok := prefixOf(r.Dst)
-		if name := names[r.LinkIndex]; ok && name != "" && p.IsSingleIP() {
-			out = append(out, Route{Link: name, To: p.Addr(), MAC: macs[station{r.LinkIndex, p.Addr()}]})
+		own, known := ours[r.LinkIndex]
+		if !ok || !known || !p.IsSingleIP() {
+			continue
 		}
+		// One without its neighbour entry is as good as none.
+		mac, ok := macs[station{r.LinkIndex, p.Addr()}]
+		if !ok {
+			continue
+		}
+		if mac == own.mac {
+			mac = MAC{}
+		}
+		out = append(out, Route{Link: own.name, To: p.Addr(), MAC: mac})
 	}
 	return out, nil
 }

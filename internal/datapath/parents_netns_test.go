@@ -50,7 +50,7 @@ func lanNetwork() State {
 	}
 }
 
-func TestMacvlanEnsureOwnedRemove(t *testing.T) {
+func TestLANMacvlanEnsureOwnedRemove(t *testing.T) {
 	k, host, _ := lanWorld(t)
 	s := lanNetwork()
 	if lines := ensure(t, k, s); len(lines) == 0 {
@@ -75,7 +75,7 @@ func TestMacvlanEnsureOwnedRemove(t *testing.T) {
 	}
 }
 
-func TestMacvlanMends(t *testing.T) {
+func TestLANMacvlanMends(t *testing.T) {
 	for name, damage := range map[string]string{
 		"gone":          "ip link del wfsnet",
 		"down":          "ip link set wfsnet down",
@@ -111,7 +111,7 @@ func TestMacvlanMends(t *testing.T) {
 
 // TestMacvlanAccess: host and container reach each other by their own
 // addresses, and nobody of the LAN hears a second hardware address for the host.
-func TestMacvlanAccess(t *testing.T) {
+func TestLANMacvlanAccess(t *testing.T) {
 	k, host, lan := lanWorld(t)
 	ensure(t, k, lanNetwork())
 	c := netnstest.New(t)

@@ -124,8 +124,8 @@ type Route struct {
 	To   netip.Addr
 	// MAC is the container's, kept as a permanent neighbour entry so that the
 	// host never asks: its question would tell the LAN a second hardware
-	// address for the host. Zero lets the kernel ask, which does no harm where
-	// all share the parent's (ipvlan).
+	// address for the host, and an ipvlan's answer would come out of the parent.
+	// Zero is Link's own, which all ipvlans of a parent share.
 	MAC MAC
 	// Src is the source address of what the host sends; the zero Addr lets
 	// Ensure choose one of From's, the parent.
@@ -386,10 +386,11 @@ func (r Route) String() string {
 	} else if r.From != "" {
 		t += " src of " + r.From
 	}
-	if r.MAC != (MAC{}) {
-		t += fmt.Sprintf("\nneigh add %s lladdr %s dev %s nud permanent", r.To, r.MAC, r.Link)
+	mac := r.MAC.String()
+	if r.MAC == (MAC{}) {
+		mac = "of " + r.Link
 	}
-	return t
+	return t + fmt.Sprintf("\nneigh add %s lladdr %s dev %s nud permanent", r.To, mac, r.Link)
 }
 
 func (v Veth) String() string {
