@@ -103,6 +103,42 @@ func TestRealKernel(t *testing.T) {
 	}
 }
 
+// TestLANRealKernel is the same life on a parent.
+func TestLANRealKernel(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		needs []string
+		// options are key=value.
+		options string
+	}{
+		{"macvlan", nil, "mode=macvlan parent=lan0 host_access=true"},
+		{"macvlan, ports", nil, "mode=macvlan parent=lan0 probe=false"},
+		{"macvlan, internal", nil, "mode=macvlan parent=lan0 egress=none"},
+		{"ipvlan", []string{"ipvlan"}, "mode=ipvlan parent=lan0 host_access=true"},
+		{"ipvlan l3", []string{"ipvlan"}, "mode=ipvlan parent=lan0 ipvlan_mode=l3 host_access=true"},
+		{"VLAN", []string{"vlan"}, "mode=macvlan parent=lan0.10 host_access=true"},
+		{"QinQ", []string{"vlan", "ipvlan"}, "mode=ipvlan parent=lan0.10.20 host_access=true"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			for _, kind := range c.needs {
+				netnstest.Needs(t, kind)
+			}
+			netnstest.Enter(t)
+			self(t, "ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
+			self(t, "ip", "addr", "add", "10.1.0.10/24", "dev", "lan0")
+			self(t, "ip", "link", "set", "lan0", "up")
+			self(t, "ip", "link", "set", "lan1", "up")
+			generic := map[string]any{}
+			for o := range strings.FieldsSeq(c.options) {
+				k, v, _ := strings.Cut(o, "=")
+				generic[k] = v
+			}
+			realLife(t, generic, "")
+			self(t, "ip", "link", "show", "lan0")
+		})
+	}
+}
+
 func realLife(t *testing.T, generic map[string]any, foreign string) {
 	t.Helper()
 	here := netnstest.New(t) // the container
@@ -124,7 +160,7 @@ func realLife(t *testing.T, generic map[string]any, foreign string) {
 	h.ok("CreateEndpoint", err)
 	h.restart()
 	h.idle("restart after CreateEndpoint")
-	joined, err := h.d.handleJoin(ctx, wire.JoinRequest{NetworkID: net1, EndpointID: ep1})
+	joined, err := h.d.handleJoin(ctx, wire.JoinRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
 	h.ok("Join", err)
 	here.Take(joined.InterfaceName.SrcName, "eth0", netip.MustParsePrefix("10.1.0.2/24"), netip.MustParsePrefix("fd00:1::2/64"))
 	h.idle("the engine's move")
@@ -144,6 +180,10 @@ func realLife(t *testing.T, generic map[string]any, foreign string) {
 	h.ok("Program after Revoke", err)
 	_, err = h.d.handleLeave(ctx, wire.LeaveRequest{NetworkID: net1, EndpointID: ep1})
 	h.ok("Leave", err)
+	if generic["parent"] != nil {
+		here.Return("eth0", joined.InterfaceName.SrcName)
+		h.idle("the engine's move back")
+	}
 	if out, err := here.Output("ip", "-br", "link"); err != nil || strings.Contains(out, "eth0") {
 		t.Errorf("after Leave the container has %s, %v", out, err)
 	}

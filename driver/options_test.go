@@ -55,8 +55,12 @@ func TestParseOptions(t *testing.T) {
 		})},
 		{map[string]any{"com.docker.network.advertise_addr_nmsgs": "3", "com.docker.network.advertise_addr_ms": "100",
 			"com.docker.network.enable_ipv4": "true", "com.docker.network.enable_ipv6": "false"}, base},
+		{map[string]any{"mode": "macvlan", "parent": "eth0.10", "macvlan_mode": "vepa", "probe": "false"}, Options{ICC: true, Parent: "eth0.10", SubMode: "vepa", NoProbe: true}},
+		{map[string]any{"mode": "ipvlan", "ipvlan_mode": "l3s", "ipvlan_flag": "private"}, Options{ICC: true, SubMode: "l3s", SubFlag: "private"}},
+		{map[string]any{"mode": "macvlan", "host_access": "true", "host_address": "192.0.2.9, 2001:db8::9"}, Options{ICC: true, HostAccess: true,
+			HostAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.9"), netip.MustParseAddr("2001:db8::9")}}},
 	} {
-		n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: c.generic}, []string{"bridge"})
+		n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: c.generic}, []string{"bridge", "macvlan", "ipvlan"})
 		if err != nil {
 			t.Errorf("%v: %v", c.generic, err)
 			continue

@@ -139,7 +139,7 @@ func refusedChild(c Child, err error) error {
 	case errors.Is(err, unix.EBUSY):
 		return fmt.Errorf("parent %s is in use in another way: by a bridge, a bond, or sub-interfaces of a kind other than %s", c.Parent, c.Kind)
 	case errors.Is(err, unix.EINVAL) && c.Kind == kindMacvlan:
-		return fmt.Errorf("parent %s takes no sub-interface of mode %s now: one of mode passthru is alone on its parent", c.Parent, c.Mode)
+		return fmt.Errorf("parent %s takes no macvlan of mode %s and MTU %d: one of mode passthru is alone on its parent, and none has a larger MTU", c.Parent, c.Mode, c.MTU)
 	}
 	return fmt.Errorf("make %s of mode %s on parent %s: %w", c.Kind, c.Mode, c.Parent, err)
 }

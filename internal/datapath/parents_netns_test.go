@@ -193,3 +193,51 @@ func TestLink(t *testing.T) {
 		t.Errorf("bridged: %v, %v", got, err)
 	}
 }
+
+// Cancelled at any step, Ensure leaves nothing and the next call succeeds; and
+// whatever object cannot be made, nothing is left of the others.
+func TestLANMacvlanFailingLeavesNothing(t *testing.T) {
+	k, _, _ := lanWorld(t)
+	s := lanNetwork()
+	want := s
+	want.Parents = nil
+	for step := 0; ; step++ {
+		_, err := k.Ensure(newCountdown(t, step), s)
+		if err == nil {
+			if step < 5 {
+				t.Errorf("only %d steps look at the context", step)
+			}
+			break
+		}
+		same(t, k, State{})
+	}
+	same(t, k, want)
+	remove(t, k, s)
+	for name, spoil := range map[string]struct {
+		how  string
+		f    func(*State)
+		word string
+	}{
+		"parent":       {how: "ip link del lan0", word: "lan0"},
+		"parent taken": {how: "ip link add br0 type bridge; ip link set lan0 master br0", word: "use"},
+		"own":          {how: "ip link add wfsnet type bridge", word: "wfsnet"},
+		"own address":  {f: func(s *State) { s.Children[0].Addrs = append(s.Children[0].Addrs, prefix("ff02::1/64")) }, word: "ff02::1"},
+		"child":        {how: "ip link add wfa type bridge", word: "wfa"},
+		"child's MTU":  {f: func(s *State) { s.Children[1].MTU = 9000 }, word: "macvlan"},
+		"route":        {f: func(s *State) { s.Routes[1].Link = "none" }, word: "none"},
+		"element":      {f: func(s *State) { s.Elements = append(s.Elements, Element{Set: "nosuch"}) }, word: "nosuch"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k, host, _ := lanWorld(t)
+			s := lanNetwork()
+			if spoil.f != nil {
+				spoil.f(&s)
+			} else {
+				host.Exec("sh", "-ec", spoil.how)
+			}
+			_, err := k.Ensure(t.Context(), s)
+			wantError(t, err, spoil.word)
+			same(t, k, State{})
+		})
+	}
+}

@@ -184,6 +184,26 @@ func (ns *NS) Take(link, name string, addrs ...netip.Prefix) {
 	}
 }
 
+// Return moves a link out of ns, back to the calling goroutine's namespace, down
+// and under another name: what the engine does after Leave.
+func (ns *NS) Return(link, name string) {
+	ns.tb.Helper()
+	here, err := netns.Get()
+	if err != nil {
+		ns.tb.Fatalf("find this namespace: %v", err)
+	}
+	defer func() { _ = here.Close() }()
+	there := ns.handle()
+	defer there.Close()
+	l, err := there.LinkByName(link)
+	if err != nil {
+		ns.tb.Fatalf("return %s: %v", link, err)
+	}
+	if err := errors.Join(there.LinkSetDown(l), there.LinkSetName(l, name), there.LinkSetNsFd(l, int(here))); err != nil {
+		ns.tb.Fatalf("return %s as %s: %v", link, name, err)
+	}
+}
+
 // Gateway adds a default route through gw, whose interface is found by its
 // address.
 func (ns *NS) Gateway(gw netip.Addr) {
