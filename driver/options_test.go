@@ -2,6 +2,7 @@ package driver
 
 import (
 	"encoding/json"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/weftnet/weft/internal/datapath"
 	"github.com/weftnet/weft/internal/plugin"
 )
 
@@ -68,7 +70,11 @@ func TestParseOptions(t *testing.T) {
 		if diff := cmp.Diff(c.want, n.Options, sameAddr, samePrefix); diff != "" {
 			t.Errorf("%v: %s", c.generic, diff)
 		}
-		if n.Mode != "bridge" || n.Internal {
+		want, ok := c.generic["mode"]
+		if !ok {
+			want = "bridge"
+		}
+		if n.Mode != want || n.Internal {
 			t.Errorf("%v: mode %q, internal %t", c.generic, n.Mode, n.Internal)
 		}
 	}
@@ -155,15 +161,21 @@ func FuzzNetworkOptions(f *testing.F) {
 	for name := range options {
 		for _, v := range []string{"true", "1500", "nat", "10.0.0.0/8 via 10.1.0.1", "192.0.2.1", "eth0:eth1", ""} {
 			f.Add(name, v, "mode", "bridge", true)
+			f.Add(name, v, "mode", "macvlan", false)
+			f.Add(name, v, "mode", "ipvlan", false)
 		}
 	}
 	f.Fuzz(func(t *testing.T, key1, value1, key2, value2 string, internal bool) {
 		raw := map[string]any{plugin.OptionInternal: internal, plugin.OptionGeneric: map[string]any{key1: value1, key2: value2}}
-		n, err := parseNetworkOptions(raw, []string{"bridge"})
+		backends := allBackends()
+		n, err := parseNetworkOptions(raw, []string{modeBridge, modeMacvlan, modeIPvlan})
 		if err == nil {
 			n.ID, n.MTU = net1, max(n.Options.MTU, 68)
 			n.Subnets = []Subnet{subnet("10.1.0.0/24", "10.1.0.1/24")}
-			err = Bridge{}.Validate(&n)
+			n.identify(datapath.MAC{})
+			if n.Parents, err = vlanParts(n.Options.Parent); err == nil {
+				err = backends[n.Mode].Validate(&n)
+			}
 		}
 		if err != nil {
 			if err.Error() == "" || strings.Contains(err.Error(), "\n") {
@@ -181,11 +193,31 @@ func FuzzNetworkOptions(f *testing.F) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if a, b := (Bridge{}).Network(n).String(), (Bridge{}).Network(back).String(); a != b {
+		if a, b := backends[n.Mode].Network(n).String(), backends[n.Mode].Network(back).String(); a != b {
 			t.Errorf("%v is\n%s\nand after the store\n%s", raw, a, b)
 		}
 		if !n.Internal && n.Options.Egress == EgressNone != slices.Contains([]string{value1, value2}, "none") {
 			t.Errorf("%v has egress %s", raw, n.Options.Egress)
+		}
+	})
+}
+
+func FuzzParentName(f *testing.F) {
+	for _, name := range []string{"eth0", "eth0.10", "eth0.10.20", "eth0.010", "eth0.", ".5", "eth0.4095", ""} {
+		f.Add(name)
+	}
+	f.Fuzz(func(t *testing.T, name string) {
+		list, err := vlanParts(name)
+		if err != nil {
+			return
+		}
+		if top := list[len(list)-1]; top.Name != name || len(list) > 3 {
+			t.Errorf("%q is %v", name, list)
+		}
+		for i, p := range list[1:] {
+			if p.Lower != list[i].Name || p.VLAN < 1 || p.VLAN > 4094 || p.Name != fmt.Sprintf("%s.%d", p.Lower, p.VLAN) {
+				t.Errorf("%q is %v", name, list)
+			}
 		}
 	})
 }

@@ -244,7 +244,7 @@ func vlanParts(name string) ([]datapath.Parent, error) {
 	list := []datapath.Parent{{Name: parts[0]}}
 	for i, p := range parts[1:] {
 		id, err := strconv.Atoi(p)
-		if err != nil || id < 1 || id > 4094 || p[0] == '0' {
+		if err != nil || id < 1 || id > 4094 || p[0] < '1' || p[0] > '9' {
 			return nil, fmt.Errorf("parent %s does not exist, and %q is not a VLAN ID of 1 to 4094 that it could be made for", name, clip(p))
 		}
 		list = append(list, datapath.Parent{Name: strings.Join(parts[:i+2], "."), Lower: list[i].Name, VLAN: id})
