@@ -90,6 +90,9 @@ func (d *Driver) handleCreateNetwork(ctx context.Context, req wire.CreateNetwork
 			n.Subnets = append(n.Subnets, s)
 		}
 	}
+	if err := d.vetHost(ctx, n); err != nil {
+		return plugin.Empty{}, err
+	}
 	return plugin.Empty{}, d.createNetwork(ctx, n)
 }
 

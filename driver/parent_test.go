@@ -281,3 +281,15 @@ func TestProbe(t *testing.T) {
 		r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
 	}
 }
+
+func TestHostAddressInUse(t *testing.T) {
+	r := newRig(t)
+	r.host.holders[netip.MustParseAddr("10.1.0.77")] = datapath.MAC{2, 0x11, 0x22, 0x33, 0x44, 0x55}
+	r.refused("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"eth0","host_access":"true","host_address":"10.1.0.77"}`),
+		"host_address", "10.1.0.77", "02:11:22:33:44:55")
+	body := createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"eth0","host_access":"true","host_address":"10.1.0.78"}`)
+	r.must("CreateNetwork", body)
+	r.host.holders[netip.MustParseAddr("10.1.0.78")] = datapath.MAC{2, 2} // the host itself
+	r.must("CreateNetwork", body)
+	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+}

@@ -97,3 +97,21 @@ func (d *Driver) vetEndpoint(ctx context.Context, networkID, endpointID string, 
 	}
 	return nil
 }
+
+// vetHost asks the LAN for the addresses that the host is to use on a new
+// network.
+func (d *Driver) vetHost(ctx context.Context, n Network) error {
+	d.mu.Lock()
+	known := d.networks[n.ID] != nil
+	d.mu.Unlock()
+	if known || n.Options.NoProbe {
+		return nil
+	}
+	for _, a := range n.Options.HostAddrs {
+		// A parent that is not there yet leads nowhere, or will be refused.
+		if mac, taken, err := d.host.Probe(ctx, n.Options.Parent, a); err == nil && taken {
+			return fmt.Errorf("option host_address: %s is in use on the LAN: %s answers for it on %s", a, mac, n.Options.Parent)
+		}
+	}
+	return nil
+}
