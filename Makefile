@@ -5,6 +5,7 @@ GO         ?= go
 LINT       := github.com/golangci/golangci-lint/v2/cmd/golangci-lint@v2.15.0
 ENGINE     ?= 20
 FUZZTIME   ?= 30s
+VM_RUN     ?= LAN|VLAN|IPVLAN
 export GOFLAGS := -tags=nosystemd -buildvcs=false
 
 ARCH       ?= $(shell $(GO) env GOARCH)
@@ -14,7 +15,7 @@ BUNDLE     := build/plugin$(if $(NATIVE),,-$(ARCH))
 VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 COMMIT     ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 
-.PHONY: help build plugin run test unit e2e fuzz lint bench deps clean
+.PHONY: help build plugin run test unit e2e vm fuzz lint bench deps clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -29,13 +30,21 @@ plugin: build ## the bundle for `docker plugin create`: build/plugin, or build/p
 run: plugin ## start an engine if there is none, enable the plugin, show two containers on a network (root)
 	hack/run.sh
 
-test: deps unit plugin e2e ## run every test, installing what they need (root, Debian)
+test: deps unit plugin e2e vm ## run every test, installing what they need (root, Debian)
 
 unit: ## tests without an engine; those of the kernel run in namespaces of their own
 	REQUIRE_NETNS=1 $(GO) test -race -shuffle=on -timeout 15m ./...
 
 e2e: ## tests with a real engine: ENGINE=20 (Debian 12) or ENGINE=28 (Debian sid)
 	ENGINE=$(ENGINE) $(GO) test -tags=e2e,nosystemd -count=1 -timeout 40m -v ./e2e/
+
+vm: plugin ## tests that need ipvlan, VLAN or dummy links, under Debian's kernel in a virtual machine: VM_RUN=PATTERN
+	mkdir -p build/vm
+	for p in internal/netnstest internal/datapath driver e2e; do \
+		CGO_ENABLED=0 $(GO) test -c -tags=e2e,nosystemd -o build/vm/$${p##*/}.test ./$$p; \
+	done
+	CGO_ENABLED=0 $(GO) build -tags=e2e,nosystemd -o build/vm/probe ./e2e/probe
+	hack/vm.sh . env VM_RUN='$(VM_RUN)' VM_REQUIRE=$(VM_REQUIRE) ENGINE=$(ENGINE) hack/vm-tests.sh
 
 fuzz: ## every fuzz target for FUZZTIME
 	hack/fuzz.sh $(FUZZTIME)

@@ -19,6 +19,8 @@
 // (Debian sid, bootstrapped once into WEFT_CACHE, default
 // ${XDG_CACHE_HOME:-/var/cache}/weft/engine-28); E2E_DRIVER=builtin runs only
 // the built-in column of the parity table, for work on the harness itself;
-// E2E_IPAM=engine gives networks of ours the engine's addresses; E2E_LOGS=DIR
-// keeps the daemon logs of failed tests.
+// E2E_IPAM=engine gives networks of ours the engine's addresses; E2E_PROBE=FILE
+// is the probe's binary, else it is built; E2E_SLOW=N multiplies the limits of
+// time, for emulated processors; E2E_LOGS=DIR keeps the daemon logs of failed
+// tests.
 package e2e

@@ -107,7 +107,7 @@ func (e *engine) start(tb testing.TB) {
 
 // ping asks the engine's API without a docker process per attempt.
 func (e *engine) ping() error {
-	c := http.Client{Timeout: 2 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	c := http.Client{Timeout: 2 * time.Second * suite.slow, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", e.socket())
 	}}}
 	r, err := c.Get("http://engine/_ping")
@@ -150,6 +150,7 @@ func (e *engine) signal(name, pid string) *exec.Cmd {
 
 func (e *engine) signalDaemon(tb testing.TB, sig string, limit time.Duration) {
 	tb.Helper()
+	limit *= suite.slow
 	if out, err := e.signal(sig, e.daemonPID(tb)).CombinedOutput(); err != nil {
 		tb.Fatalf("kill -%s dockerd: %v %s", sig, err, out)
 	}
@@ -185,7 +186,7 @@ func (e *engine) reboot(tb testing.TB) {
 
 // docker runs the CLI against this engine.
 func (e *engine) docker(args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute*suite.slow)
 	defer cancel()
 	all := slices.Concat(e.client[1:], []string{"-H", "unix://" + e.socket()}, args)
 	c := exec.CommandContext(ctx, e.client[0], all...)

@@ -127,7 +127,7 @@ func (e *engine) checkClean(tb testing.TB) {
 func (e *engine) checkCleanIn(tb testing.TB, limit time.Duration) {
 	tb.Helper()
 	var left []string
-	for stop := time.Now().Add(limit); ; time.Sleep(100 * time.Millisecond) {
+	for stop := time.Now().Add(limit * suite.slow); ; time.Sleep(100 * time.Millisecond) {
 		if left = e.remains(tb); len(left) == 0 {
 			return
 		}

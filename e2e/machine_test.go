@@ -209,6 +209,7 @@ func end(c *exec.Cmd) {
 func eventually(tb testing.TB, limit time.Duration, what string, f func() error) {
 	tb.Helper()
 	var err error
+	limit *= suite.slow
 	for stop := time.Now().Add(limit); time.Now().Before(stop); time.Sleep(50 * time.Millisecond) {
 		if err = f(); err == nil {
 			return

@@ -11,9 +11,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"sort"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 )
 
 // suite is what the tests of one run share. TestMain fills it in.
@@ -26,6 +28,7 @@ var suite struct {
 	builtinOnly bool
 	ipam        string // IPAM driver of networks of ours
 	version     version
+	slow        time.Duration // what limits are multiplied by
 
 	mu    sync.Mutex
 	notes []string
@@ -67,13 +70,19 @@ func runSuite(m *testing.M) (code int, err error) {
 	if os.Getenv("E2E_IPAM") == "engine" {
 		suite.ipam = "default"
 	}
+	suite.slow = 1
+	if s := os.Getenv("E2E_SLOW"); s != "" {
+		n, err := strconv.ParseUint(s, 10, 8)
+		if err != nil || n == 0 {
+			return 1, fmt.Errorf("E2E_SLOW=%s: want a whole number", s)
+		}
+		suite.slow = time.Duration(n)
+	}
 	if suite.version, err = chooseVersion(os.Getenv("ENGINE")); err != nil {
 		return 1, err
 	}
 	suite.probe = filepath.Join(suite.dir, "probe")
-	build := exec.Command("go", "build", "-tags", "e2e", "-trimpath", "-ldflags", "-s -w", "-o", suite.probe, "./probe")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if _, err := output(build); err != nil {
+	if err := placeProbe(os.Getenv("E2E_PROBE")); err != nil {
 		return 1, err
 	}
 	if err := copyWeft(); err != nil {
@@ -89,17 +98,34 @@ func runSuite(m *testing.M) (code int, err error) {
 	return code, nil
 }
 
+// placeProbe builds the probe, or takes one that was built before: there may be
+// no compiler, or an emulated one.
+func placeProbe(built string) error {
+	if built != "" {
+		return copyProgram(built, suite.probe)
+	}
+	build := exec.Command("go", "build", "-tags", "e2e", "-trimpath", "-ldflags", "-s -w", "-o", suite.probe, "./probe")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	_, err := output(build)
+	return err
+}
+
 // copyWeft puts the bundle's program where machines with another root see it.
 func copyWeft() error {
 	suite.weft = filepath.Join(suite.dir, "weft")
-	b, err := os.ReadFile(filepath.Join(suite.bundle, "rootfs/weft"))
+	err := copyProgram(filepath.Join(suite.bundle, "rootfs/weft"), suite.weft)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil // needPlugin says what to do
 	}
+	return err
+}
+
+func copyProgram(from, to string) error {
+	b, err := os.ReadFile(from)
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(suite.weft, b, 0o755)
+	return os.WriteFile(to, b, 0o755)
 }
 
 // writeImage makes the image that every container runs: the probe and busybox.
@@ -150,12 +176,14 @@ func leftovers() error {
 	if strings.Contains(string(mounts), suite.dir) {
 		left = append(left, fmt.Errorf("left behind: mounts below %s", suite.dir))
 	}
-	groups, err := filepath.Glob("/sys/fs/cgroup/*/" + filepath.Base(suite.dir) + "-*")
-	if err != nil {
-		return err
-	}
-	if len(groups) > 0 {
-		left = append(left, fmt.Errorf("left behind: control groups %v", groups))
+	for _, tree := range []string{"/sys/fs/cgroup/", "/sys/fs/cgroup/*/"} { // version 2, version 1
+		groups, err := filepath.Glob(tree + filepath.Base(suite.dir) + "-*")
+		if err != nil {
+			return err
+		}
+		if len(groups) > 0 {
+			left = append(left, fmt.Errorf("left behind: control groups %v", groups))
+		}
 	}
 	exes, err := filepath.Glob("/proc/[0-9]*/cmdline")
 	if err != nil {

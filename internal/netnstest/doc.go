@@ -17,5 +17,6 @@
 // does.
 //
 // Without the privilege to make a namespace a test is skipped, visibly; with
-// REQUIRE_NETNS=1 in the environment it fails instead.
+// REQUIRE_NETNS=1 in the environment it fails instead. [Needs] does the same for
+// kinds of links that a kernel may lack, with REQUIRE_KERNEL=1.
 package netnstest
