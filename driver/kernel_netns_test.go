@@ -124,17 +124,17 @@ func TestLANRealKernel(t *testing.T) {
 				netnstest.Needs(t, kind)
 			}
 			netnstest.Enter(t)
-			self(t, "ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
-			self(t, "ip", "addr", "add", "10.1.0.10/24", "dev", "lan0")
-			self(t, "ip", "link", "set", "lan0", "up")
-			self(t, "ip", "link", "set", "lan1", "up")
+			self(t, "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
+			self(t, "addr", "add", "10.1.0.10/24", "dev", "lan0")
+			self(t, "link", "set", "lan0", "up")
+			self(t, "link", "set", "lan1", "up")
 			generic := map[string]any{}
 			for o := range strings.FieldsSeq(c.options) {
 				k, v, _ := strings.Cut(o, "=")
 				generic[k] = v
 			}
 			realLife(t, generic, "")
-			self(t, "ip", "link", "show", "lan0")
+			self(t, "link", "show", "lan0")
 		})
 	}
 }
@@ -143,9 +143,9 @@ func realLife(t *testing.T, generic map[string]any, foreign string) {
 	t.Helper()
 	here := netnstest.New(t) // the container
 	if foreign != "" {
-		self(t, "ip", "link", "add", foreign, "type", "bridge")
-		self(t, "ip", "link", "set", foreign, "up")
-		self(t, "ip", "addr", "add", "10.1.0.1/24", "dev", foreign)
+		self(t, "link", "add", foreign, "type", "bridge")
+		self(t, "link", "set", foreign, "up")
+		self(t, "addr", "add", "10.1.0.1/24", "dev", foreign)
 	}
 	h := newHost(t)
 	ctx := t.Context()
@@ -200,11 +200,11 @@ func realLife(t *testing.T, generic map[string]any, foreign string) {
 	}
 }
 
-// self runs a command in the goroutine's own namespace.
-func self(t *testing.T, name string, arg ...string) {
+// self runs ip in the goroutine's own namespace.
+func self(t *testing.T, arg ...string) {
 	t.Helper()
-	if out, err := exec.CommandContext(t.Context(), name, arg...).CombinedOutput(); err != nil {
-		t.Fatalf("%s %v: %v: %s", name, arg, err, out)
+	if out, err := exec.CommandContext(t.Context(), "ip", arg...).CombinedOutput(); err != nil {
+		t.Fatalf("ip %v: %v: %s", arg, err, out)
 	}
 }
 
