@@ -2,8 +2,11 @@ package driver
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"slices"
+
+	"github.com/weftnet/weft/internal/datapath"
 )
 
 // openAccess makes the host's own sub-interface for published ports, if the
@@ -58,8 +61,10 @@ func (d *Driver) arrive(ctx context.Context, n *network, e *endpoint) error {
 	return d.become(ctx, n, e, rec)
 }
 
-// surroundings are the host's addresses on the parent, and the subnets of its
-// bridges that are not the network's own.
+// surroundings are the host's addresses on the parent, and the subnets of our
+// bridges. Not those of the engine's: from version 28 on it drops, before
+// anything of ours could help, what comes to its containers from elsewhere, and
+// the answers to an address that was kept would be that.
 func (d *Driver) surroundings(ctx context.Context, n Network) (hosts []netip.Addr, near []netip.Prefix, err error) {
 	f, _, err := d.host.Link(ctx, n.parent())
 	if err != nil {
@@ -70,14 +75,40 @@ func (d *Driver) surroundings(ctx context.Context, n Network) (hosts []netip.Add
 			hosts = append(hosts, p.Addr())
 		}
 	}
-	bridged, err := d.host.Bridged(ctx)
-	if err != nil {
-		return nil, nil, err
+	if n.Options.layer3() {
+		return hosts, nil, nil
 	}
-	for _, p := range bridged {
-		if !slices.ContainsFunc(n.Subnets, func(s Subnet) bool { return s.Pool.Overlaps(p) }) && !n.Options.layer3() {
-			near = append(near, p)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, o := range d.networks {
+		if o.rec.Mode != modeBridge || o.rec.Options.Bridge != "" || o.rec.Options.Egress != EgressDriver || o.doomed {
+			continue
+		}
+		for _, s := range o.rec.Subnets {
+			near = append(near, s.Pool)
 		}
 	}
+	slices.SortFunc(near, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
 	return hosts, near, nil
+}
+
+// ensureOn makes what an endpoint wants. What hangs on a parent may find it
+// deleted and made again by others since the last pass: then the network is
+// mended first, by one call at a time.
+func (d *Driver) ensureOn(ctx context.Context, n *network, s datapath.State) error {
+	_, err := d.kernel.Ensure(ctx, s)
+	if !errors.Is(err, datapath.ErrAbsent) || !n.rec.onParent() {
+		return err
+	}
+	n.mending.Lock()
+	defer n.mending.Unlock()
+	lines, merr := d.kernel.Ensure(ctx, d.networkState(n))
+	if merr != nil {
+		return join(err, merr)
+	}
+	for _, line := range lines {
+		d.log.WithField("network", n.rec.ID).Warn("repaired: " + line)
+	}
+	_, err = d.kernel.Ensure(ctx, s)
+	return err
 }

@@ -266,6 +266,7 @@ func (d *Driver) handleJoin(ctx context.Context, req wire.JoinRequest) (plugin.J
 		d.mu.Lock()
 		e.joined = true
 		d.mu.Unlock()
+		d.tell(n, e)
 		resp = joinResponse(d.backends[n.rec.Mode].Attach(n.rec, e.rec))
 		return nil
 	})

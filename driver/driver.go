@@ -39,8 +39,8 @@ type host interface {
 	// PathMTU is the MTU of networks that are given none.
 	PathMTU(ctx context.Context) (int, error)
 	Link(ctx context.Context, name string) (datapath.LinkFacts, bool, error)
-	Bridged(ctx context.Context) ([]netip.Prefix, error)
 	Probe(ctx context.Context, link string, a netip.Addr) (holder datapath.MAC, taken bool, err error)
+	Announce(link string, a netip.Addr, mac datapath.MAC) error
 }
 
 // Config is what New needs; all of it.
@@ -62,6 +62,7 @@ type Driver struct {
 	log       logrus.FieldLogger
 	now       func() time.Time
 	started   time.Time
+	news      chan news
 
 	hooked atomic.Bool // see firstEndpoint
 
@@ -75,6 +76,7 @@ type Driver struct {
 
 type network struct {
 	mu        sync.RWMutex
+	mending   sync.Mutex // after mu; see ensureOn
 	rec       Network
 	rev       uint64
 	endpoints map[string]*endpoint
@@ -115,7 +117,7 @@ func New(c Config) (*Driver, error) {
 	}
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, log: c.Log,
-		now: time.Now, started: time.Now(), networks: map[string]*network{},
+		now: time.Now, started: time.Now(), networks: map[string]*network{}, news: make(chan news, mostNews),
 	}, nil
 }
 

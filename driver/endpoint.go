@@ -41,7 +41,7 @@ func (d *Driver) createEndpoint(ctx context.Context, n *network, rec Endpoint) e
 // should not wait for the next pass. Later ones pay for no look at others' rules.
 func (d *Driver) firstEndpoint(ctx context.Context, n *network, s datapath.State) error {
 	s.Hook = !d.hooked.Load() && d.networkState(n).Hook
-	if _, err := d.kernel.Ensure(ctx, s); err != nil {
+	if err := d.ensureOn(ctx, n, s); err != nil {
 		return err
 	}
 	if s.Hook {
@@ -269,7 +269,7 @@ func (d *Driver) become(ctx context.Context, n *network, e *endpoint, rec Endpoi
 	if old.Joined && rec.Joined {
 		after.Children, before.Children = nil, nil // the container's, and out of sight
 	}
-	if _, err := d.kernel.Ensure(ctx, after); err != nil {
+	if err := d.ensureOn(ctx, n, after); err != nil {
 		ctx, cancel := cleanup(ctx)
 		defer cancel()
 		// Ensure undid what it made, not what it mended; ports that were

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -481,9 +482,10 @@ type fakeHost struct {
 
 	mu      sync.Mutex
 	links   map[string]datapath.LinkFacts
-	bridged []netip.Prefix
 	holders map[netip.Addr]datapath.MAC // stations of the LAN
 	probes  []string                    // what was asked for
+
+	announced []string
 }
 
 func (h *fakeHost) PathMTU(context.Context) (int, error) { return h.mtu, nil }
@@ -502,18 +504,19 @@ func (h *fakeHost) Link(_ context.Context, name string) (datapath.LinkFacts, boo
 	return datapath.LinkFacts{}, false, nil
 }
 
-func (h *fakeHost) Bridged(context.Context) ([]netip.Prefix, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return slices.Clone(h.bridged), nil
-}
-
 func (h *fakeHost) Probe(_ context.Context, link string, a netip.Addr) (datapath.MAC, bool, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.probes = append(h.probes, link+" "+a.String())
 	m, taken := h.holders[a]
 	return m, taken, nil
+}
+
+func (h *fakeHost) Announce(link string, a netip.Addr, m datapath.MAC) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.announced = append(h.announced, strings.TrimSpace(fmt.Sprintf("%s %s %s", link, a, m)))
+	return nil
 }
 
 // card adds a network card to the host.

@@ -1,10 +1,14 @@
 package driver
 
 import (
+	"context"
 	"fmt"
+	"maps"
 	"net/netip"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/weftnet/weft/internal/datapath"
 	"github.com/weftnet/weft/internal/plugin"
@@ -60,7 +64,10 @@ func (c parentCase) network(t *testing.T, d *Driver) (Network, error) {
 func TestParent(t *testing.T) {
 	for _, c := range parentCases {
 		t.Run(c.name, func(t *testing.T) {
-			d := newRig(t).d
+			r := newRig(t)
+			r.must("CreateNetwork", createNetwork(net2, "10.9.0.0/24", ""))
+			r.must("CreateNetwork", createNetwork(net3, "10.8.0.0/24", `{"egress":"none"}`)) // reaches nobody
+			d := r.d
 			n, err := c.network(t, d)
 			if err != nil {
 				t.Fatal(err)
@@ -292,4 +299,49 @@ func TestHostAddressInUse(t *testing.T) {
 	r.host.holders[netip.MustParseAddr("10.1.0.78")] = datapath.MAC{2, 2} // the host itself
 	r.must("CreateNetwork", body)
 	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+}
+
+// TestAnnounce: the LAN hears of an endpoint three times, and no more when it is
+// gone; nobody hears of one that is on no LAN.
+func TestAnnounce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		k := newFakeKernel(&faults{})
+		h := newFakeHost(k, 1500)
+		d := &Driver{host: h, log: quiet(), networks: map[string]*network{}, news: make(chan news, mostNews)}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- d.Announce(ctx) }()
+		add := func(id string, o Options, mode string) (*network, *endpoint) {
+			n := newNetwork(Network{ID: id, Mode: mode, Options: o, Parents: []datapath.Parent{{Name: o.Parent, Existing: true}}})
+			e := &endpoint{rec: Endpoint{ID: ep1, Network: id, MAC: datapath.MAC{2, 2}, Addrs: []netip.Prefix{netip.MustParsePrefix("10.1.0.2/24"), netip.MustParsePrefix("fd00:1::2/64")}}}
+			d.mu.Lock()
+			d.networks[id] = n
+			n.enter(e)
+			d.mu.Unlock()
+			return n, e
+		}
+		n, e := add(net1, Options{Parent: "eth0", NoProbe: true}, modeMacvlan)
+		gone, left := add(net2, Options{Bridge: "br0"}, modeBridge)
+		none, nobody := add(net3, Options{}, modeBridge)
+		d.tell(n, e)
+		d.tell(gone, left)
+		d.tell(none, nobody)
+		time.Sleep(announceInterval / 2)
+		d.mu.Lock()
+		left.rec.Left = true
+		d.mu.Unlock()
+		time.Sleep(10 * announceInterval)
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+		count := map[string]int{}
+		for _, a := range h.announced {
+			count[a]++
+		}
+		want := map[string]int{"eth0 10.1.0.2 02:02:00:00:00:00": 3, "eth0 fd00:1::2 02:02:00:00:00:00": 3, "br0 10.1.0.2 02:02:00:00:00:00": 1, "br0 fd00:1::2 02:02:00:00:00:00": 1}
+		if !maps.Equal(count, want) {
+			t.Errorf("announced %v, want %v", count, want)
+		}
+	})
 }

@@ -14,13 +14,19 @@ const vetTime = 15 * time.Second
 // lan is the link by which the network's addresses are asked for before they are
 // handed out; "" where nobody else can have them.
 func (n Network) lan() string {
-	o := n.Options
-	switch {
-	case o.NoProbe, o.layer3():
+	if n.Options.NoProbe {
 		return ""
+	}
+	return n.onLAN()
+}
+
+// onLAN is the link by which the network is part of a LAN that it shares with
+// others, "" where it is not.
+func (n Network) onLAN() string {
+	switch o := n.Options; {
 	case n.Mode == modeBridge:
 		return o.Bridge
-	case o.Parent == "":
+	case o.Parent == "", o.layer3():
 		return ""
 	}
 	return n.parent()

@@ -50,7 +50,6 @@ func newRig(t *testing.T) *rig {
 	r.host = newFakeHost(r.kernel, 1450)
 	r.host.card(datapath.LinkFacts{Name: "eth0", Up: true, MTU: 1500, MAC: datapath.MAC{2, 0, 0, 0, 0, 1},
 		Addrs: []netip.Prefix{netip.MustParsePrefix("10.1.0.10/24"), netip.MustParsePrefix("fd00:1::10/64")}})
-	r.host.bridged = []netip.Prefix{netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("fd00:17::/64")}
 	r.logger, r.log = logtest.NewNullLogger()
 	dir := t.TempDir()
 	r.nets = openStore(t, filepath.Join(dir, "weft.db"))

@@ -2,9 +2,10 @@
 // created and enabled in it, containers, and a client on another machine.
 //
 // Owns: machines made of namespaces (machine_test.go), engines in them
-// (engine_test.go), the parity table against the built-in bridge driver
-// (parity_test.go, table_*_test.go), faults, Compose files of examples/ and
-// the benchmarks that need an engine.
+// (engine_test.go), the parity tables against the built-in drivers
+// (parity_test.go, *table_test.go, lan_kinds_test.go), networks on a LAN
+// (lan_*.go), faults, Compose files of examples/ and the benchmarks that need
+// an engine.
 //
 // Never: imports the code under test. It knows the plugin by its bundle
 // (build/plugin), its driver name and the output of "weft status --json".
@@ -22,5 +23,6 @@
 // E2E_IPAM=engine gives networks of ours the engine's addresses; E2E_PROBE=FILE
 // is the probe's binary, else it is built; E2E_SLOW=N multiplies the limits of
 // time, for emulated processors; E2E_LOGS=DIR keeps the daemon logs of failed
-// tests.
+// tests; REQUIRE_KERNEL=1 makes tests fail that are otherwise skipped because
+// the kernel lacks what they are about.
 package e2e

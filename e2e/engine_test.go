@@ -31,6 +31,7 @@ const (
 type engine struct {
 	*machine
 	lan    *lan
+	addrs  []string // of its card
 	daemon *exec.Cmd
 	client []string // docker command of the engine's version
 	config map[string]any
@@ -47,8 +48,15 @@ func newEngine(tb testing.TB, config map[string]any) *engine {
 // newEngineWith lets the caller change the engine before it starts.
 func newEngineWith(tb testing.TB, config map[string]any, change func(*engine)) *engine {
 	tb.Helper()
+	return newLAN(tb).host(tb, "host", []string{host4 + "/24", host6 + "/64", second4 + "/24", second6 + "/64"}, config, change)
+}
+
+// host adds a host with an engine to the LAN. The first of addrs, IPv4, is the
+// one that other hosts know it by.
+func (l *lan) host(tb testing.TB, name string, addrs []string, config map[string]any, change func(*engine)) *engine {
+	tb.Helper()
 	v := suite.version
-	e := &engine{lan: newLAN(tb), machine: newMachine(tb, "host", v.root), client: v.client, config: map[string]any{}}
+	e := &engine{lan: l, machine: newMachine(tb, name, v.root), addrs: addrs, client: v.client, config: map[string]any{}}
 	maps.Copy(e.config, v.config)
 	maps.Copy(e.config, config)
 	change(e)
@@ -68,7 +76,7 @@ func newEngineWith(tb testing.TB, config map[string]any, change func(*engine)) *
 // connect gives a freshly booted host its addresses.
 func (e *engine) connect(tb testing.TB) {
 	tb.Helper()
-	e.lan.plug(tb, e.machine, host4+"/24", host6+"/64", second4+"/24", second6+"/64")
+	e.lan.plug(tb, e.machine, e.addrs...)
 }
 
 func (e *engine) socket() string { return filepath.Join(e.dir, "d.sock") }
@@ -176,7 +184,7 @@ func (e *engine) reboot(tb testing.TB) {
 	}
 	_ = e.daemon.Wait() // killed with the machine
 	_ = os.Remove(filepath.Join(e.dir, "pid"))
-	if out, err := output(e.lan.wire.inNet("ip", "link", "del", "p-host")); err != nil && !strings.Contains(err.Error(), "Cannot find") {
+	if out, err := output(e.lan.wire.inNet("ip", "link", "del", "p-"+e.name)); err != nil && !strings.Contains(err.Error(), "Cannot find") {
 		tb.Fatalf("unplug: %v %s", err, out)
 	}
 	e.on(tb)

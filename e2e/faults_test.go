@@ -81,9 +81,31 @@ func TestPluginKilled(t *testing.T) {
 	e := newEngine(t, nil)
 	e.installPlugin(t)
 	e.oursNetwork(t, "net1", "--subnet", net1)
-	const total, workers = 200, 4
+	for _, name := range e.killUnderLoad(t, 200, "--network", "net1", "-p", "80") {
+		addr := e.must(t, "inspect", "-f", "{{.NetworkSettings.Networks.net1.IPAddress}}", name)
+		e.sees(t, e.machine, addr+":80", name)
+		port, err := e.oursPort(t, addr, 80)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		e.sees(t, e.lan.client, fmt.Sprintf("%s:%d", host4, port), client4)
+	}
+	e.removeAll(t)
+	// An endpoint that was being made when its plugin died is unknown to the
+	// engine; the plugin gives it a minute before it takes it for lost.
+	start := time.Now()
+	e.checkCleanIn(t, 100*time.Second)
+	note("plugin killed: clean %v after the last container", time.Since(start).Round(time.Second))
+}
+
+// killUnderLoad starts and stops containers, total times in all, and kills the
+// plugin every now and then. It returns the containers that run.
+func (e *engine) killUnderLoad(t *testing.T, total int, args ...string) (running []string) {
+	t.Helper()
+	const workers = 4
 	var left, failed, strange atomic.Int64
-	left.Store(total)
+	left.Store(int64(total))
 	stop := make(chan struct{})
 	var killer, wg sync.WaitGroup
 	kills := 0
@@ -106,7 +128,7 @@ func TestPluginKilled(t *testing.T) {
 			for n := 0; left.Add(-1) >= 0; n++ {
 				if len(up) == 0 || len(up) < 6 && rand.IntN(2) == 0 {
 					name := fmt.Sprintf("w%d-%d", w, n)
-					if err := e.tryRun(name, "--network", "net1", "-p", "80"); err != nil {
+					if err := e.tryRun(name, args...); err != nil {
 						if n := failed.Add(1); n <= 10 {
 							t.Logf("start: %s", lastLine(err))
 						}
@@ -130,30 +152,15 @@ func TestPluginKilled(t *testing.T) {
 	close(stop)
 	killer.Wait()
 	e.waitPlugin(t)
-	running := strings.Fields(e.must(t, "ps", "--format", "{{.Names}}"))
-	note("plugin killed %d times during %d container starts and stops: %d starts failed, %d containers run", kills, total, failed.Load(), len(running))
+	running = strings.Fields(e.must(t, "ps", "--format", "{{.Names}}"))
+	note("%s: plugin killed %d times during %d container starts and stops: %d starts failed, %d containers run", t.Name(), kills, total, failed.Load(), len(running))
 	if n := strange.Load(); n > 0 {
 		t.Errorf("%d starts failed for other reasons than a request that was cut off", n)
 	}
 	if kills == 0 || len(running) == 0 {
 		t.Errorf("%d kills, %d running containers: nothing was tested", kills, len(running))
 	}
-	for _, name := range running {
-		addr := e.must(t, "inspect", "-f", "{{.NetworkSettings.Networks.net1.IPAddress}}", name)
-		e.sees(t, e.machine, addr+":80", name)
-		port, err := e.oursPort(t, addr, 80)
-		if err != nil {
-			t.Errorf("%s: %v", name, err)
-			continue
-		}
-		e.sees(t, e.lan.client, fmt.Sprintf("%s:%d", host4, port), client4)
-	}
-	e.removeAll(t)
-	// An endpoint that was being made when its plugin died is unknown to the
-	// engine; the plugin gives it a minute before it takes it for lost.
-	start := time.Now()
-	e.checkCleanIn(t, 100*time.Second)
-	note("plugin killed: clean %v after the last container", time.Since(start).Round(time.Second))
+	return running
 }
 
 // cutOff reports whether a start failed because its request was under way

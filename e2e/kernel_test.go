@@ -14,6 +14,12 @@ import (
 	"time"
 )
 
+// Marks of links and routes of ours: the letters weft, and w.
+const (
+	linkGroup     = "2003134068"
+	routeProtocol = "119"
+)
+
 // link is one interface as "ip -d -j" prints it, as far as tests look.
 type link struct {
 	Name        string `json:"ifname"`
@@ -23,6 +29,9 @@ type link struct {
 	Addrs       []struct {
 		Local string `json:"local"`
 	} `json:"addr_info"`
+	Info struct {
+		Kind string `json:"info_kind"`
+	} `json:"linkinfo"`
 }
 
 func (e *engine) links(tb testing.TB) []link {
@@ -49,7 +58,7 @@ func (w *world) bridge(symbol string) (link, error) {
 // publishedPort is the host port that was chosen for a container's port. The
 // engine shows its own driver's; ours are in the plugin's status.
 func (w *world) publishedPort(container string, port uint16) (uint16, error) {
-	if w.driver == builtin {
+	if w.driver != ours {
 		out, err := w.e.docker("port", container, fmt.Sprint(port))
 		if err != nil {
 			return 0, err
@@ -88,8 +97,8 @@ type status struct {
 	Phase    string
 	Error    string
 	Networks []struct {
-		ID, Link string
-		Subnets  []struct{ Pool string }
+		ID, Link, Mode string
+		Subnets        []struct{ Pool string }
 	}
 	Endpoints []struct {
 		ID, Network, Link, State string
@@ -144,8 +153,14 @@ func (e *engine) remains(tb testing.TB) []string {
 	tb.Helper()
 	var left []string
 	for _, l := range e.links(tb) {
-		if strings.HasPrefix(l.Name, "wf") {
+		// A VLAN sub-interface of ours has the name that its user chose.
+		if strings.HasPrefix(l.Name, "wf") || l.Group == linkGroup {
 			left = append(left, "link "+l.Name)
+		}
+	}
+	for _, family := range []string{"-4", "-6"} {
+		for r := range strings.Lines(e.net(tb, "ip", family, "route", "show", "table", "all", "proto", routeProtocol)) {
+			left = append(left, "route "+strings.TrimSpace(r))
 		}
 	}
 	left = append(left, e.elements(tb)...)
@@ -205,8 +220,9 @@ func (e *engine) elements(tb testing.TB) []string {
 	for _, x := range doc.Nftables {
 		for _, s := range []*set{x.Set, x.Map} {
 			// The guard keeps a host whose forwarding we switched on from
-			// routing for others; nobody switches forwarding off again.
-			if s == nil || s.Name == "guard" {
+			// routing for others; nobody switches forwarding off again. The
+			// uplinks are bridges of the host, and there as long as these.
+			if s == nil || s.Name == "guard" || s.Name == "uplinks" {
 				continue
 			}
 			for _, el := range s.Elem {
@@ -245,10 +261,16 @@ func (e *engine) disagreements(tb testing.TB) []string {
 	bridges := map[string]string{}
 	for _, n := range s.Networks {
 		want[n.Link] = ""
-		bridges[n.ID] = n.Link
+		if n.Mode == "bridge" { // on a parent the links are in the containers
+			bridges[n.ID] = n.Link
+		}
+		// The host's own sub-interface is there from the first need on.
+		if own := "wfs" + n.ID[:12]; have[own].Name != "" {
+			want[own] = ""
+		}
 	}
 	for _, x := range s.Endpoints {
-		if x.State == "up" {
+		if x.State == "up" && bridges[x.Network] != "" {
 			want[x.Link] = bridges[x.Network]
 		}
 	}

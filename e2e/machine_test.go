@@ -242,7 +242,7 @@ const (
 	client4, client6 = "198.51.100.100", "2001:db8:1::100"
 )
 
-// lan is a switch, an engine's host and a machine outside of it.
+// lan is a switch, a machine on it, and whatever else is plugged in.
 type lan struct {
 	wire, client *machine
 }
@@ -267,8 +267,7 @@ func newLAN(tb testing.TB) *lan {
 func (l *lan) plug(tb testing.TB, m *machine, addrs ...string) {
 	tb.Helper()
 	port := "p-" + m.name
-	ip := netip.MustParsePrefix(addrs[0]).Addr().As4()
-	mac := fmt.Sprintf("02:00:%02x:%02x:%02x:%02x", ip[0], ip[1], ip[2], ip[3])
+	mac := cardMAC(netip.MustParsePrefix(addrs[0]).Addr().String())
 	l.wire.net(tb, "ip", "link", "add", port, "type", "veth", "peer", "name", "lan0", "address", mac, "netns", m.pid())
 	l.wire.net(tb, "ip", "link", "set", port, "master", "sw0", "up")
 	for i, a := range addrs {
@@ -280,4 +279,19 @@ func (l *lan) plug(tb testing.TB, m *machine, addrs ...string) {
 		m.net(tb, args...)
 	}
 	m.net(tb, "ip", "link", "set", "lan0", "up")
+}
+
+// station makes a machine that has one address and nothing else to do with
+// engines.
+func (l *lan) station(tb testing.TB, name string, addrs ...string) *machine {
+	tb.Helper()
+	m := newMachine(tb, name, "")
+	l.plug(tb, m, addrs...)
+	return m
+}
+
+// cardMAC is the MAC address of the card of the machine with this address.
+func cardMAC(addr string) string {
+	ip := netip.MustParseAddr(addr).As4()
+	return fmt.Sprintf("02:00:%02x:%02x:%02x:%02x", ip[0], ip[1], ip[2], ip[3])
 }

@@ -3,11 +3,10 @@
 package e2e
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/netip"
-	"os/exec"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,11 +21,16 @@ type group struct {
 	name string
 	// engine is the first engine whose client can say it at all.
 	engine int
-	// builtinSince is the first engine whose built-in bridge has the option;
+	// builtinSince is the first engine whose built-in driver has the option;
 	// before it only ours is asked.
 	builtinSince int
-	setup        func(w *world)
-	probes       []probe
+	// twin is the built-in driver; "" is bridge.
+	twin string
+	// kind of links that the kernel must have, as ip link add takes it; "" is
+	// one that every kernel here has.
+	kind   string
+	setup  func(w *world)
+	probes []probe
 	// steps change the set-up; they run one after the other, after the
 	// probes, which run side by side.
 	steps []probe
@@ -43,6 +47,13 @@ type probe struct {
 	differs map[int]string
 	why     string
 }
+
+// never is an engine that has not come: its built-in driver has no such
+// option.
+const never = 1 << 10
+
+// builtin is the driver that ours is compared with.
+func (g group) builtin() string { return cmp.Or(g.twin, builtin) }
 
 // builtinWant is the answer expected of the built-in driver, and whether it
 // is a listed difference.
@@ -67,8 +78,10 @@ type world struct {
 	symbol  map[string]string // address -> symbol
 	pids    map[string]string // container -> process
 	names   map[string]string // host name -> what to call it
-	nets    []string
-	boxes   []string
+	// stations are further machines on the LAN, written before the probes.
+	stations map[string]*machine
+	nets     []string
+	boxes    []string
 }
 
 func newWorld(tb testing.TB, e *engine, driver string) *world {
@@ -227,133 +240,6 @@ func (w *world) close() {
 	}
 }
 
-// at is a command in the network (and files, for containers) of who.
-func (w *world) at(who string, args ...string) *exec.Cmd {
-	switch who {
-	case "host":
-		return w.e.inNet(args...)
-	case "client":
-		return w.e.lan.client.inNet(args...)
-	}
-	if args[0] == suite.probe {
-		args[0] = "/probe"
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.e.enter(w.pids[who], args...)
-}
-
-// target turns "gw.net:80", "host6:80", "name/beta:80" or a literal into what
-// a dialer takes.
-func (w *world) target(to string) (string, error) {
-	if name, ok := strings.CutPrefix(to, "name/"); ok {
-		return name, nil
-	}
-	i := strings.LastIndex(to, ":")
-	w.mu.Lock()
-	a, ok := w.address[to[:i]]
-	w.mu.Unlock()
-	if !ok {
-		return "", fmt.Errorf("nothing is called %s", to[:i])
-	}
-	return net.JoinHostPort(a, to[i+1:]), nil
-}
-
-// dialFrom connects and says what the server saw, or why there was no answer.
-func (w *world) dialFrom(from, proto, to string, flags ...string) string {
-	t, err := w.target(to)
-	if err != nil {
-		return err.Error()
-	}
-	// A packet that is dropped costs the whole timeout, one that passes
-	// milliseconds, also on a busy machine.
-	args := slices.Concat([]string{suite.probe, "dial", "-timeout", "1500ms"}, flags, []string{proto, t})
-	out, err := output(w.at(from, args...))
-	if err != nil {
-		return err.Error()
-	}
-	var a struct{ Name, Src, Err string }
-	if err := json.Unmarshal([]byte(out), &a); err != nil {
-		return err.Error()
-	}
-	if a.Err != "" {
-		return a.Err
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if s, ok := w.symbol[a.Src]; ok {
-		a.Src = s
-	}
-	if n, ok := w.names[a.Name]; ok {
-		a.Name = n
-	}
-	return a.Name + " sees " + a.Src
-}
-
-// dial is the question most probes ask.
-func dial(from, proto, to string, flags ...string) func(*world) string {
-	return func(w *world) string { return w.dialFrom(from, proto, to, flags...) }
-}
-
-// ping sends one echo request.
-func ping(from, to string) func(*world) string {
-	return func(w *world) string {
-		t, err := w.target(to + ":0")
-		if err != nil {
-			return err.Error()
-		}
-		addr := netip.MustParseAddrPort(t).Addr().String()
-		if _, err := output(w.at(from, "busybox", "ping", "-c", "1", "-W", "1", addr)); err != nil {
-			return "no answer"
-		}
-		return "answer"
-	}
-}
-
-// fact asks about the interfaces of a container.
-func fact(container string, f func(w *world, ifs []iface) string) func(*world) string {
-	return func(w *world) string {
-		out, err := output(w.at(container, suite.probe, "facts"))
-		if err != nil {
-			return err.Error()
-		}
-		ifs, err := parseFacts(out)
-		if err != nil {
-			return err.Error()
-		}
-		return f(w, ifs)
-	}
-}
-
-// routes lists the routes of all interfaces, with names for addresses.
-func routes(w *world, ifs []iface) string {
-	var all []string
-	for _, i := range ifs {
-		for _, r := range i.Routes {
-			w.mu.Lock()
-			words := strings.Fields(r)
-			for k, x := range words {
-				if s, ok := w.symbol[x]; ok {
-					words[k] = s
-				}
-			}
-			w.mu.Unlock()
-			all = append(all, strings.Join(words, " ")+" dev "+i.Name)
-		}
-	}
-	slices.Sort(all)
-	return strings.Join(all, ", ")
-}
-
-// destinations is routes without the interfaces' names, which are the
-// engine's choice when a network is connected again.
-func destinations(w *world, ifs []iface) string {
-	for i := range ifs {
-		ifs[i].Name = "*"
-	}
-	return strings.ReplaceAll(routes(w, ifs), " dev *", "")
-}
-
 // row is one line of the printed table.
 type row struct {
 	probe, builtin, ours, why string
@@ -362,30 +248,36 @@ type row struct {
 // TestParity asks the built-in bridge driver and ours the same questions, on
 // the same engine, and prints both answers.
 func TestParity(t *testing.T) {
-	e := newEngine(t, nil)
-	drivers := []string{builtin}
+	parity(t, newEngine(t, nil), parityTable())
+}
+
+// parity puts a table to both drivers on one engine.
+func parity(t *testing.T, e *engine, table []group) {
+	t.Helper()
 	if !suite.builtinOnly {
 		e.installPlugin(t)
-		drivers = append(drivers, ours)
 	}
 	e.lan.client.serve(t, "tcp:7000", "udp:7000")
 	e.serve(t, "tcp:7000", "udp:7000")
 	var rows []row
-	for _, g := range parityTable() {
+	for _, g := range table {
 		if suite.version.major < g.engine {
 			note("not on this engine: parity group %q needs %d", g.name, g.engine)
 			continue
 		}
 		answers := map[string]map[string]string{}
-		for _, d := range drivers {
-			if d == builtin && suite.version.major < g.builtinSince {
+		for _, d := range []string{g.builtin(), ours} {
+			if d == ours && suite.builtinOnly || d != ours && suite.version.major < g.builtinSince {
 				continue
 			}
 			name := "weft"
-			if d == builtin {
+			if d != ours {
 				name = "builtin"
 			}
 			t.Run(g.name+"/"+name, func(t *testing.T) {
+				if g.kind != "" {
+					needKind(t, e.machine, g.kind)
+				}
 				answers[d] = g.ask(newWorld(t, e, d))
 				if d == ours {
 					e.checkClean(t)
@@ -404,22 +296,40 @@ func (g group) ask(w *world) map[string]string {
 	g.setup(w)
 	w.look()
 	w.settle()
+	got := w.answers(g.probes)
+	for _, p := range g.steps {
+		got[p.name] = w.askAgain(p)
+	}
+	return got
+}
+
+// answers asks side by side.
+func (w *world) answers(probes []probe) map[string]string {
+	w.Helper()
 	got := map[string]string{}
 	var mu sync.Mutex
-	var fs []func()
-	for _, p := range g.probes {
-		fs = append(fs, func() {
+	var wg sync.WaitGroup
+	for _, p := range probes {
+		wg.Go(func() {
 			a := w.askAgain(p)
 			mu.Lock()
 			defer mu.Unlock()
 			got[p.name] = a
 		})
 	}
-	w.all(fs...)
-	for _, p := range g.steps {
-		got[p.name] = w.askAgain(p)
-	}
+	wg.Wait()
 	return got
+}
+
+// check asks ours alone.
+func (w *world) check(when string, probes ...probe) {
+	w.Helper()
+	got := w.answers(probes)
+	for _, p := range probes {
+		if got[p.name] != p.want {
+			w.Errorf("%s%s: weft answers %q, want %q", when, p.name, got[p.name], p.want)
+		}
+	}
 }
 
 // askAgain asks a second time where the first answer was an unexpected
@@ -427,27 +337,30 @@ func (g group) ask(w *world) map[string]string {
 func (w *world) askAgain(p probe) string {
 	a := p.ask(w)
 	want := p.want
-	if w.driver == builtin {
+	if w.driver != ours {
 		want, _ = p.builtinWant(suite.version.major)
 	}
-	if a != "timeout" || want == "timeout" {
+	if a != "timeout" && a != "no answer" || a == want {
 		return a
 	}
-	note("asked twice: %s, %s: the first answer was a timeout", w.Name(), p.name)
+	note("asked twice: %s, %s: the first answer was %q", w.Name(), p.name, a)
 	return p.ask(w)
 }
 
 // judge compares the answers with what the table says.
 func (g group) judge(t *testing.T, answers map[string]map[string]string) []row {
 	t.Helper()
+	if len(answers) == 0 {
+		return nil // skipped
+	}
 	var rows []row
 	for _, p := range slices.Concat(g.probes, g.steps) {
 		r := row{probe: g.name + ": " + p.name, builtin: "-", ours: "-"}
 		want, listed := p.builtinWant(suite.version.major)
-		if a, ok := answers[builtin]; ok {
+		if a, ok := answers[g.builtin()]; ok {
 			r.builtin = a[p.name]
 			if r.builtin != want {
-				t.Errorf("%s: the built-in bridge answers %q, the table says %q", r.probe, r.builtin, want)
+				t.Errorf("%s: the built-in driver answers %q, the table says %q", r.probe, r.builtin, want)
 			}
 			if listed {
 				r.why = p.why
@@ -471,7 +384,7 @@ func printRows(t *testing.T, rows []row) {
 	t.Helper()
 	var b strings.Builder
 	w := tabwriter.NewWriter(&b, 0, 1, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, "PROBE\tBUILT-IN BRIDGE\tWEFT\tWHY DIFFERENT")
+	_, _ = fmt.Fprintln(w, "PROBE\tBUILT-IN\tWEFT\tWHY DIFFERENT")
 	var same, differ, alone int
 	for _, r := range rows {
 		mark := "="
@@ -493,5 +406,5 @@ func printRows(t *testing.T, rows []row) {
 		t.Error(err)
 	}
 	t.Logf("parity on engine %s\n%s", suite.version.name, b.String())
-	note("parity: %d probes answered alike, %d differ on purpose, %d asked of one driver only", same, differ, alone)
+	note("parity, %s: %d probes answered alike, %d differ on purpose, %d asked of one driver only", t.Name(), same, differ, alone)
 }

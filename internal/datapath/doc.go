@@ -20,6 +20,6 @@
 // they end with their socket.
 //
 // Entry points: [Kernel.Ensure], [Kernel.Remove], [Kernel.Owned], [Kernel.Reserve];
-// [Kernel.InUse], [Kernel.PathMTU], [Kernel.Link], [Kernel.Bridged] and
-// [Kernel.Probe] answer questions about the host and its LAN.
+// [Kernel.InUse], [Kernel.PathMTU], [Kernel.Link] and [Kernel.Probe] answer
+// questions about the host and its LAN; [Kernel.Announce] tells the LAN.
 package datapath

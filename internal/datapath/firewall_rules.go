@@ -264,6 +264,11 @@ func postrouting() []rule {
 			in("postrouting", ctBits(expr.CtKeySTATUS, ctStatusDNAT),
 				family(v6), isIn(suffix("attached", v6), oif, daddr(v6)), masquerade()))
 	}
+	for _, v6 := range families {
+		// Nor does a LAN container know the way back to anybody else but
+		// the host's own sub-interface.
+		rs = append(rs, in("postrouting", isIn("own", oif), family(v6), isIn(suffix("attached", v6), oif, daddr(v6)), masquerade()))
+	}
 	rs = append(rs, in("postrouting", isIn("bridges", oif), verdict(expr.VerdictReturn)))
 	for _, v6 := range families {
 		rs = append(rs,

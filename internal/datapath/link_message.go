@@ -96,8 +96,8 @@ func linkInfo(index int, up bool) nl.IfInfomsg {
 	return *m
 }
 
-// errAbsent is returned by look-ups of a link that does not exist.
-var errAbsent = errors.New("does not exist")
+// ErrAbsent is wrapped where a link does not exist.
+var ErrAbsent = errors.New("does not exist")
 
 // get finds a link by its name.
 func (c *rtnl) get(name string) (link, error) {
@@ -106,7 +106,7 @@ func (c *rtnl) get(name string) (link, error) {
 	req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(skipStatistics)))
 	msgs, err := req.Execute(unix.NETLINK_ROUTE, unix.RTM_NEWLINK)
 	if errors.Is(err, unix.ENODEV) {
-		return link{}, errAbsent
+		return link{}, ErrAbsent
 	}
 	if err != nil {
 		return link{}, fmt.Errorf("look up link %s: %w", name, err)

@@ -28,10 +28,11 @@ type links struct {
 	deletes chan *rtnl      // a pool: a socket is taken for as long as its deletion waits
 	lib     *netlink.Handle // addresses and routes
 	ioctl   int             // a socket for index
+	packet  int             // a socket for Announce; it hears nothing
 }
 
 func newLinks() (_ *links, err error) {
-	l := &links{deletes: make(chan *rtnl, deleters), ioctl: -1}
+	l := &links{deletes: make(chan *rtnl, deleters), ioctl: -1, packet: -1}
 	defer func() {
 		if err != nil {
 			l.close()
@@ -59,6 +60,9 @@ func newLinks() (_ *links, err error) {
 	if l.ioctl, err = unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0); err != nil {
 		return nil, fmt.Errorf("open socket: %w", err)
 	}
+	if l.packet, err = unix.Socket(unix.AF_PACKET, unix.SOCK_RAW|unix.SOCK_CLOEXEC|unix.SOCK_NONBLOCK, 0); err != nil {
+		return nil, fmt.Errorf("open packet socket: %w", err)
+	}
 	return l, nil
 }
 
@@ -75,8 +79,10 @@ func (l *links) close() {
 	if l.lib != nil {
 		l.lib.Close()
 	}
-	if l.ioctl >= 0 {
-		_ = unix.Close(l.ioctl)
+	for _, fd := range []int{l.ioctl, l.packet} {
+		if fd >= 0 {
+			_ = unix.Close(fd)
+		}
 	}
 }
 
@@ -89,7 +95,7 @@ func (l *links) index(name string) (int, error) {
 	}
 	err = unix.IoctlIfreq(l.ioctl, unix.SIOCGIFINDEX, req)
 	if errors.Is(err, unix.ENODEV) {
-		return 0, errAbsent
+		return 0, ErrAbsent
 	}
 	if err != nil {
 		return 0, fmt.Errorf("look up link %s: %w", name, err)
@@ -101,7 +107,7 @@ func (l *links) index(name string) (int, error) {
 func (l *links) existing(name string) error {
 	have, err := l.change.get(name)
 	switch {
-	case errors.Is(err, errAbsent):
+	case errors.Is(err, ErrAbsent):
 		return fmt.Errorf("bridge %s does not exist", name)
 	case err != nil:
 		return err
@@ -133,7 +139,7 @@ func (l link) own(kind string) error {
 func (l *links) bridge(b Bridge, d *done) error {
 	want := link{name: b.Name, kind: "bridge", group: Group, mtu: b.MTU, mac: b.MAC, up: true}
 	have, err := l.change.get(b.Name)
-	if errors.Is(err, errAbsent) {
+	if errors.Is(err, ErrAbsent) {
 		return l.newBridge(want, b, d)
 	}
 	if err != nil {
@@ -241,6 +247,10 @@ func (l *links) addresses(ctx context.Context, kind, name string, want []netip.P
 // addressesOf returns the addresses of every link. Link-local IPv6 addresses
 // are the kernel's business and left out.
 func (l *links) addressesOf(ctx context.Context) (map[int][]netip.Prefix, error) {
+	return l.addressesWith(ctx, func(netlink.Addr) bool { return true })
+}
+
+func (l *links) addressesWith(ctx context.Context, want func(netlink.Addr) bool) (map[int][]netip.Prefix, error) {
 	list, err := dump(ctx, func() ([]netlink.Addr, error) { return l.lib.AddrList(nil, netlink.FAMILY_ALL) })
 	if err != nil {
 		return nil, fmt.Errorf("list addresses: %w", err)
@@ -248,7 +258,7 @@ func (l *links) addressesOf(ctx context.Context) (map[int][]netip.Prefix, error)
 	out := make(map[int][]netip.Prefix)
 	for _, a := range list {
 		p, ok := prefixOf(a.IPNet)
-		if !ok || p.Addr().Is6() && p.Addr().IsLinkLocalUnicast() {
+		if !ok || p.Addr().Is6() && p.Addr().IsLinkLocalUnicast() || !want(a) {
 			continue
 		}
 		out[a.LinkIndex] = append(out[a.LinkIndex], p)
@@ -259,7 +269,7 @@ func (l *links) addressesOf(ctx context.Context) (map[int][]netip.Prefix, error)
 // dropAddress undoes an addition; absent is success.
 func (l *links) dropAddress(a linkAddr) error {
 	br, err := l.change.get(a.link)
-	if errors.Is(err, errAbsent) {
+	if errors.Is(err, ErrAbsent) {
 		return nil
 	}
 	if err != nil {
@@ -342,7 +352,7 @@ func (l *links) veth(v Veth, d *done) error {
 		}
 	}
 	have, err := l.change.get(v.Name)
-	if errors.Is(err, errAbsent) {
+	if errors.Is(err, ErrAbsent) {
 		return fmt.Errorf("create veth %s: its other end %s exists already", v.Name, v.Peer)
 	}
 	if err != nil {
@@ -428,7 +438,7 @@ func (l *links) removeOne(ctx context.Context, x doomed) error {
 		return fmt.Errorf("remove %s %s: %w", x.kind, x.name, ctx.Err())
 	}
 	have, err := c.get(x.name)
-	if errors.Is(err, errAbsent) {
+	if errors.Is(err, ErrAbsent) {
 		return nil
 	}
 	if err != nil {

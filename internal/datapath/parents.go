@@ -56,10 +56,10 @@ func (p Parent) kind() string {
 // parent makes or mends a link that sub-interfaces hang on.
 func (l *links) parent(p Parent, d *done) error {
 	have, err := l.change.get(p.Name)
-	if errors.Is(err, errAbsent) && p.Existing {
+	if errors.Is(err, ErrAbsent) && p.Existing {
 		return fmt.Errorf("parent %s does not exist", p.Name)
 	}
-	if errors.Is(err, errAbsent) {
+	if errors.Is(err, ErrAbsent) {
 		return l.newParent(p, d)
 	}
 	if err != nil || p.Existing {
@@ -190,7 +190,7 @@ func hostRoute(r Route, index int, src netip.Addr) *netlink.Route {
 
 // ensureRoutes makes or mends routes to containers with their neighbour entries.
 func (l *links) ensureRoutes(ctx context.Context, list []Route, d *done) error {
-	addrs, err := l.addressesOf(ctx)
+	addrs, err := l.sources(ctx)
 	if err != nil {
 		return err
 	}
@@ -228,6 +228,14 @@ func (l *links) ensureRoutes(ctx context.Context, list []Route, d *done) error {
 	return nil
 }
 
+// sources returns the addresses of every link that the kernel would choose for
+// new connections (RFC 6724 section 5, rule 3).
+func (l *links) sources(ctx context.Context) (map[int][]netip.Prefix, error) {
+	return l.addressesWith(ctx, func(a netlink.Addr) bool {
+		return a.Flags&(unix.IFA_F_DEPRECATED|unix.IFA_F_TENTATIVE|unix.IFA_F_DADFAILED) == 0
+	})
+}
+
 // sourceFor is the address of list that shares the smallest subnet with a, or
 // the first of its family; the zero Addr if there is none.
 func sourceFor(list []netip.Prefix, a netip.Addr) netip.Addr {
@@ -255,7 +263,7 @@ func neighEntry(a netip.Addr, mac MAC, index int) *netlink.Neigh {
 // is a link that took them with it.
 func (l *links) removeRoute(r Route) error {
 	index, err := l.index(r.Link)
-	if errors.Is(err, errAbsent) {
+	if errors.Is(err, ErrAbsent) {
 		return nil
 	}
 	if err != nil {
@@ -380,33 +388,4 @@ func (k *Kernel) Link(ctx context.Context, name string) (f LinkFacts, ok bool, e
 		}
 	}
 	return f, true, nil
-}
-
-// Bridged lists the subnets of the host's bridges that lead to no LAN: ours
-// and those of others, the engine's for one.
-func (k *Kernel) Bridged(ctx context.Context) ([]netip.Prefix, error) {
-	all, err := k.links.list(ctx)
-	if err != nil {
-		return nil, fmt.Errorf("list links: %w", err)
-	}
-	uplinks, err := k.links.uplinks(ctx, all)
-	if err != nil {
-		return nil, err
-	}
-	addrs, err := k.links.addressesOf(ctx)
-	if err != nil {
-		return nil, err
-	}
-	var out []netip.Prefix
-	for _, x := range all {
-		if x.kind != "bridge" || slices.Contains(uplinks, x.name) {
-			continue
-		}
-		for _, p := range addrs[x.index] {
-			if !p.IsSingleIP() {
-				out = append(out, p.Masked())
-			}
-		}
-	}
-	return slices.Compact(sortedPrefixes(out)), nil
 }

@@ -4,7 +4,6 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -186,12 +185,6 @@ func TestLink(t *testing.T) {
 	if f, ok, err := k.Link(t.Context(), "none"); ok || err != nil {
 		t.Errorf("none: %+v, %t, %v", f, ok, err)
 	}
-	ensure(t, k, State{Bridges: []Bridge{{Name: "wfb1", MTU: 1500, MAC: mac(9), Addrs: []netip.Prefix{prefix("10.9.0.1/24")}}}})
-	host.Exec("ip", "addr", "add", "172.17.0.1/16", "dev", "br0")
-	got, err := k.Bridged(t.Context())
-	if want := []netip.Prefix{prefix("10.9.0.0/24"), prefix("172.17.0.0/16")}; err != nil || !slices.Equal(got, want) {
-		t.Errorf("bridged: %v, %v", got, err)
-	}
 }
 
 // Cancelled at any step, Ensure leaves nothing and the next call succeeds; and
@@ -240,4 +233,30 @@ func TestLANMacvlanFailingLeavesNothing(t *testing.T) {
 			same(t, k, State{})
 		})
 	}
+}
+
+// TestLANAnnounce: a station that knows another one under the address learns the
+// new one at once.
+func TestLANAnnounce(t *testing.T) {
+	k, host, lan := lanWorld(t)
+	own := strings.Fields(host.Exec("ip", "-br", "link", "show", "lan0"))[2]
+	for _, a := range []string{"192.0.2.5", "2001:db8:1::5"} {
+		for _, c := range []struct {
+			mac  MAC
+			want string
+		}{{mac(5), mac(5).String()}, {MAC{}, own}} {
+			lan.Exec("ip", "neigh", "replace", a, "lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "stale")
+			if err := k.Announce("lan0", lanAddr(a), c.mac); err != nil {
+				t.Fatal(err)
+			}
+			got := ""
+			for stop := time.Now().Add(2 * time.Second); time.Now().Before(stop) && !strings.Contains(got, c.want); time.Sleep(5 * time.Millisecond) {
+				got = lan.Exec("ip", "neigh", "show", a)
+			}
+			if !strings.Contains(got, c.want) {
+				t.Errorf("%s is known as %s, want %s", a, got, c.want)
+			}
+		}
+	}
+	wantError(t, k.Announce("none", lanAddr("192.0.2.5"), mac(5)), "none", "does not exist")
 }

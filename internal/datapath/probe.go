@@ -32,7 +32,7 @@ const (
 func (k *Kernel) Probe(ctx context.Context, link string, a netip.Addr) (holder MAC, taken bool, err error) {
 	a = a.Unmap().WithZone("")
 	holder, taken, err = k.probe(ctx, link, a)
-	if errors.Is(err, errAbsent) {
+	if errors.Is(err, ErrAbsent) {
 		err = fmt.Errorf("the link %w", err)
 	}
 	if err != nil {
@@ -106,7 +106,7 @@ func (l *links) connected(name string) (bool, error) {
 		hardware = req.Uint16()
 	}
 	if errors.Is(err, unix.ENODEV) {
-		return false, errAbsent
+		return false, ErrAbsent
 	}
 	if err != nil {
 		return false, fmt.Errorf("look up link: %w", err)
