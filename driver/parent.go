@@ -176,7 +176,7 @@ func (b Parent) access(n Network, e Endpoint, own string, a netip.Addr) []datapa
 	}
 	list := []datapath.Element{{Set: datapath.SetAccess, Link: in, Net: single(a)}}
 	near := slices.Clone(e.Near)
-	for _, h := range e.Host {
+	for _, h := range slices.Concat(e.Host, n.Options.HostAddrs) {
 		near = append(near, single(h))
 	}
 	for _, p := range near {
