@@ -20,7 +20,7 @@ modprobe -a nf_tables nft_chain_nat nft_compat nft_ct nft_fib_inet nft_masq nft_
 run() {
 	local name=${1##*/} ran
 	echo "=== $1, -run '$2', $(uname -r)"
-	(cd "$1" && "$top/build/vm/$name.test" -test.v -test.timeout 15m -test.run "$2") 2>&1 | tee "$logs/$name" || wrong+=("$1 failed")
+	(cd "$1" && "$top/build/vm/$name.test" -test.v -test.timeout 25m -test.run "$2") 2>&1 | tee "$logs/$name" || wrong+=("$1 failed")
 	ran=$(grep -E '^ *--- (PASS|FAIL|SKIP)' "$logs/$name" | tee -a "$logs/ran" || true)
 	if grep -q -e '--- SKIP' <<<"$ran"; then
 		wrong+=("$1 skipped tests")

@@ -8,7 +8,7 @@
 # memory: what the command writes is gone with the machine. It has no network
 # but loopback, and of the environment only what COMMAND sets, as with env A=b.
 #
-#   VM_TIMEOUT  after what time the machine is switched off, 20m
+#   VM_TIMEOUT  after what time the machine is switched off, 30m
 #   VM_CONSOLE  file that keeps the kernel's console
 #
 # The processor is emulated: KVM is not there in most places that tests run in.
@@ -16,7 +16,7 @@ set -euo pipefail
 [ $# -ge 2 ] || { echo "usage: hack/vm.sh DIR COMMAND [ARG...]" >&2; exit 2; }
 dir=$(cd "$1" && pwd)
 shift
-limit=${VM_TIMEOUT:-20m}
+limit=${VM_TIMEOUT:-30m}
 cd "$(dirname "$0")/.."
 cache=$PWD/build/cache/vm
 
