@@ -23,7 +23,9 @@
 //     writing. Repair takes all of them, in no particular order, which is safe
 //     because it alone holds more than one, and holds change before.
 //  3. endpoint.mu: one call about an endpoint at a time.
-//  4. Driver.mu: the tables and all that is in the records; held for memory
+//  4. network.mending: one of the calls that find the network's parent replaced
+//     makes what hangs on it again.
+//  5. Driver.mu: the tables and all that is in the records; held for memory
 //     only, never while the kernel or a store works. What it guards is written
 //     with it and the lock above held, and so may be read with either.
 //
@@ -31,6 +33,10 @@
 // differs, which may also be a request half done, it takes the others and
 // looks again.
 //
-// Entry points: [New], [Driver.Recover], [Driver.Run], [Driver.Register],
-// [Driver.Reconcile], [Driver.Status], [Driver.Subnet].
+// No lock is held while the LAN is asked for an address ([Driver.Vet]) or told of
+// one ([Driver.Announce]).
+//
+// Entry points: [New], [Driver.Recover], [Driver.Run], [Driver.Announce],
+// [Driver.Register], [Driver.Reconcile], [Driver.Status], [Driver.Subnet],
+// [Driver.Vet].
 package driver
