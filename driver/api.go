@@ -231,6 +231,9 @@ func (d *Driver) handleDeleteEndpoint(ctx context.Context, req wire.DeleteEndpoi
 	if e == nil {
 		return plugin.Empty{}, nil
 	}
+	if d.later(n, req.EndpointID) {
+		return plugin.Empty{}, nil
+	}
 	return plugin.Empty{}, d.finish(ctx, n, e)
 }
 

@@ -37,6 +37,6 @@
 // one ([Driver.Announce]).
 //
 // Entry points: [New], [Driver.Recover], [Driver.Run], [Driver.Announce],
-// [Driver.Register], [Driver.Reconcile], [Driver.Status], [Driver.Subnet],
+// [Driver.Sweep], [Driver.Register], [Driver.Reconcile], [Driver.Status], [Driver.Subnet],
 // [Driver.Vet].
 package driver

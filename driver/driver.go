@@ -62,7 +62,9 @@ type Driver struct {
 	log       logrus.FieldLogger
 	now       func() time.Time
 	started   time.Time
-	news      chan news
+	news      chan news  // for Announce
+	waste     chan waste // for Sweep
+	sweeping  atomic.Bool
 
 	hooked atomic.Bool // see firstEndpoint
 
@@ -117,7 +119,7 @@ func New(c Config) (*Driver, error) {
 	}
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, log: c.Log,
-		now: time.Now, started: time.Now(), networks: map[string]*network{}, news: make(chan news, mostNews),
+		now: time.Now, started: time.Now(), networks: map[string]*network{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }
 

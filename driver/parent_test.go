@@ -345,3 +345,52 @@ func TestAnnounce(t *testing.T) {
 		}
 	})
 }
+
+// TestSweep: the engine does not wait for a sub-interface to be gone; what is
+// left when the process ends is done by then, and what is left by one that was
+// killed by the next.
+func TestSweep(t *testing.T) {
+	r := newRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"eth0"}`))
+	before := r.kernel.text()
+	life := func() {
+		t.Helper()
+		r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
+		r.must("Join", joinBody(net1, ep1))
+		r.kernel.carry(t, child1)
+		r.must("Leave", ids(net1, ep1))
+		r.kernel.carryBack(child1)
+	}
+	life()
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- r.d.Sweep(ctx) }()
+	for !r.d.sweeping.Load() {
+		time.Sleep(time.Millisecond)
+	}
+	r.kernel.mu.Lock() // the kernel takes its time
+	r.must("DeleteEndpoint", ids(net1, ep1))
+	r.kernel.mu.Unlock()
+	// The address is free at once.
+	r.must("CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.2/24", ""))
+	stop()
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	r.idle()
+	r.must("DeleteEndpoint", ids(net1, ep2))
+	if after := r.kernel.text(); after != before {
+		t.Errorf("left\n%s\nwhere there was\n%s", after, before)
+	}
+
+	life()
+	r.restart() // killed before the deletion was done
+	r.idle()
+	r.clock.pass(2 * joinTime)
+	if lines := r.reconcile(); len(lines) != 1 || !strings.Contains(lines[0], "interrupted") {
+		t.Errorf("reconcile: %q", lines)
+	}
+	if after := r.kernel.text(); after != before {
+		t.Errorf("left\n%s\nwhere there was\n%s", after, before)
+	}
+}

@@ -217,11 +217,15 @@ func (p *pass) repair(ctx context.Context) error {
 		return err
 	}
 	for _, w := range d.forgotten(have) {
-		w.log(d).Warn("forgotten: it was never joined")
+		why := "it was never joined"
+		if w.e.rec.Left {
+			why = "its deletion was interrupted"
+		}
+		w.log(d).Warn("forgotten: " + why)
 		d.mu.Lock()
 		w.e.doomed = true
 		d.mu.Unlock()
-		p.say("endpoint %s of network %s: forgotten, it was never joined", short(w.e.rec.ID), short(w.n.rec.ID))
+		p.say("endpoint %s of network %s: forgotten, %s", short(w.e.rec.ID), short(w.n.rec.ID), why)
 	}
 	err = d.finishAll(ctx)
 	if have, err2 := d.kernel.Owned(ctx); err2 != nil {
@@ -344,7 +348,8 @@ func (p *pass) bridges(ctx context.Context) (err error) {
 
 // forgotten are endpoints that the engine does not know, because we died
 // before the answer to CreateEndpoint: nobody joined them, and their container's
-// end, if there is one, is still in the host's namespace.
+// end, if there is one, is still in the host's namespace. Or it has forgotten
+// them, because we died when it had asked for their deletion.
 func (d *Driver) forgotten(have datapath.State) []wanted {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -354,8 +359,7 @@ func (d *Driver) forgotten(have datapath.State) []wanted {
 	}
 	for _, n := range d.networks {
 		for _, e := range n.endpoints {
-			at := n.place(have, e.rec)
-			if e.joined || e.doomed || e.rec.Left || at == inContainer || at == nowhere && !e.loaded {
+			if e.doomed || !e.orphan(n.place(have, e.rec)) {
 				continue
 			}
 			if d.now().Sub(e.rec.Created) >= joinTime {
@@ -364,6 +368,19 @@ func (d *Driver) forgotten(have datapath.State) []wanted {
 		}
 	}
 	return list
+}
+
+// orphan reports whether nobody will ask for the endpoint's deletion: its link
+// has been with no container since our start, or the engine asked before that
+// and moves on.
+func (e *endpoint) orphan(at place) bool {
+	switch {
+	case e.rec.Left:
+		return e.loaded
+	case e.joined:
+		return false
+	}
+	return at == onHost || at == nowhere && e.loaded
 }
 
 // existing are the links of others in a State, each by itself.

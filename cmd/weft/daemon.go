@@ -76,6 +76,7 @@ func (d *daemon) run(ctx context.Context) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.parts.driver.Run(ctx) })
 	g.Go(func() error { return d.parts.driver.Announce(ctx) })
+	g.Go(func() error { return d.parts.driver.Sweep(ctx) })
 	g.Go(func() error { return d.parts.ipam.Run(ctx) })
 	if err := g.Wait(); err != nil {
 		d.log.WithError(err).Error("repair has ended")
