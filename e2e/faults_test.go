@@ -69,9 +69,34 @@ func (e *engine) removeAll(tb testing.TB) {
 	if ids := strings.Fields(e.must(tb, "ps", "-aq")); len(ids) > 0 {
 		e.must(tb, append([]string{"rm", "-f"}, ids...)...)
 	}
-	if ids := strings.Fields(e.must(tb, "network", "ls", "-q", "--filter", "driver="+ours)); len(ids) > 0 {
-		e.must(tb, append([]string{"network", "rm"}, ids...)...)
+	if err := e.removeNetworks(tb, strings.Fields(e.must(tb, "network", "ls", "-q", "--filter", "driver="+ours))); err != nil {
+		tb.Fatal(err)
 	}
+}
+
+// removeNetworks removes networks that nothing uses. Engine 20.10 miscounts
+// endpoints that go at the same moment, with its own driver too; a restart
+// counts them again.
+func (e *engine) removeNetworks(tb testing.TB, names []string) error {
+	tb.Helper()
+	if len(names) == 0 {
+		return nil
+	}
+	_, err := e.docker(append([]string{"network", "rm"}, names...)...)
+	if err == nil || suite.version.major >= 28 || !strings.Contains(err.Error(), "has active endpoints") {
+		return err
+	}
+	note("%s: the engine lost count of a network's endpoints", tb.Name())
+	e.stop(tb)
+	e.start(tb)
+	var left []string
+	for _, n := range names {
+		if _, err := e.docker("network", "inspect", n); err == nil {
+			left = append(left, n)
+		}
+	}
+	_, err = e.docker(append([]string{"network", "rm"}, left...)...)
+	return err
 }
 
 // TestPluginKilled kills the plugin's process again and again while

@@ -234,8 +234,8 @@ func (w *world) close() {
 		}
 	}
 	if len(w.nets) > 0 {
-		if out, err := w.e.docker(append([]string{"network", "rm"}, w.nets...)...); err != nil {
-			w.Errorf("remove networks: %v %s", err, out)
+		if err := w.e.removeNetworks(w, w.nets); err != nil {
+			w.Errorf("remove networks: %v", err)
 		}
 	}
 }
