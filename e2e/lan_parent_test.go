@@ -197,6 +197,13 @@ func hostVLAN(t *testing.T, e *engine) {
 	needKind(t, e.machine, "vlan")
 	e.net(t, "ip", "link", "add", "link", "lan0", "name", "lan0.30", "type", "vlan", "id", "30")
 	e.net(t, "ip", "link", "set", "lan0.30", "addrgenmode", "none", "up")
+	// The kernel says so a moment after it is true.
+	eventually(t, 5*time.Second, "lan0.30 up", func() error {
+		if s := e.snapshot(t, "lan0.30"); !strings.Contains(s, `"operstate":"UP"`) || strings.Contains(s, "tentative") {
+			return fmt.Errorf("%s", s)
+		}
+		return nil
+	})
 	before := e.snapshot(t, "lan0.30")
 	e.oursNetwork(t, "lan", "-o", "mode=macvlan", "-o", "parent=lan0.30", "--subnet", vlanNet)
 	e.run(t, "alpha", "--network", "lan")
