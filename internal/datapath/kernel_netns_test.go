@@ -31,6 +31,8 @@ func discard() logrus.FieldLogger {
 func newKernel(tb testing.TB) (*Kernel, *netnstest.NS) {
 	tb.Helper()
 	host := netnstest.Enter(tb)
+	// A new namespace inherits what is set where the tests run.
+	host.Exec("sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0")
 	k, err := New(Config{Log: discard()})
 	if err != nil {
 		tb.Fatal(err)

@@ -194,14 +194,7 @@ func (l *links) ensureRoutes(ctx context.Context, list []Route, d *done) error {
 	if err != nil {
 		return err
 	}
-	have, err := l.ownedRoutes(ctx, nil)
-	if err != nil {
-		return err
-	}
 	for _, r := range list {
-		if slices.ContainsFunc(have, func(x Route) bool { return routeKey(x) == routeKey(r) }) {
-			continue
-		}
 		own, err := l.change.get(r.Link)
 		if err != nil {
 			return fmt.Errorf("route to %s: %s %w", r.To, r.Link, err)
@@ -212,20 +205,48 @@ func (l *links) ensureRoutes(ctx context.Context, list []Route, d *done) error {
 				src = sourceFor(addrs[from], r.To)
 			}
 		}
-		if err := l.lib.RouteReplace(hostRoute(r, own.index, src)); err != nil {
+		changed, err := l.route(ctx, r, own, src)
+		if err != nil {
 			return fmt.Errorf("route to %s by %s: %w", r.To, r.Link, err)
 		}
-		d.made.Routes = append(d.made.Routes, r)
-		mac := r.MAC
-		if mac == (MAC{}) {
-			mac = own.mac
+		if changed {
+			d.made.Routes = append(d.made.Routes, r)
+			d.say("%s: route to %s", r.Link, r.To)
 		}
-		if err := l.lib.NeighSet(neighEntry(r.To, mac, own.index)); err != nil {
-			return fmt.Errorf("neighbour %s on %s: %w", r.To, r.Link, err)
-		}
-		d.say("%s: route to %s", r.Link, r.To)
 	}
 	return nil
+}
+
+// route makes one route and its neighbour entry. Where both are new, as for
+// every container that starts, no table is read.
+func (l *links) route(ctx context.Context, r Route, own link, src netip.Addr) (changed bool, err error) {
+	mac := r.MAC
+	if mac == (MAC{}) {
+		mac = own.mac
+	}
+	noRoute := l.lib.RouteAdd(hostRoute(r, own.index, src))
+	if noRoute != nil && !errors.Is(noRoute, unix.EEXIST) {
+		return false, noRoute
+	}
+	noEntry := l.lib.NeighAdd(neighEntry(r.To, mac, own.index))
+	switch {
+	case noRoute == nil && noEntry == nil:
+		return true, nil
+	case noEntry != nil && !errors.Is(noEntry, unix.EEXIST):
+		if noRoute == nil {
+			_ = l.lib.RouteDel(hostRoute(r, own.index, netip.Addr{})) // or it goes with its link
+		}
+		return false, noEntry
+	case noRoute != nil && noEntry != nil: // both were there
+		have, err := l.ownedRoutes(ctx, nil)
+		if err != nil || slices.ContainsFunc(have, func(x Route) bool { return routeKey(x) == routeKey(r) }) {
+			return false, err
+		}
+	}
+	if err = l.lib.RouteReplace(hostRoute(r, own.index, src)); err == nil {
+		err = l.lib.NeighSet(neighEntry(r.To, mac, own.index))
+	}
+	return err == nil, err
 }
 
 // sources returns the addresses of every link that the kernel would choose for
@@ -365,15 +386,13 @@ type LinkFacts struct {
 // Link describes a link of the host; ok is false where there is none of that
 // name.
 func (k *Kernel) Link(ctx context.Context, name string) (f LinkFacts, ok bool, err error) {
-	all, err := k.links.list(ctx)
-	if err != nil {
-		return f, false, fmt.Errorf("list links: %w", err)
-	}
-	i := slices.IndexFunc(all, func(l link) bool { return l.name == name })
-	if i < 0 {
+	x, err := k.links.change.get(name)
+	if errors.Is(err, ErrAbsent) {
 		return f, false, nil
 	}
-	x := all[i]
+	if err != nil {
+		return f, false, err
+	}
 	addrs, err := k.links.addressesOf(ctx)
 	if err != nil {
 		return f, false, err
@@ -382,8 +401,15 @@ func (k *Kernel) Link(ctx context.Context, name string) (f LinkFacts, ok bool, e
 	if f.Strict, err = k.sysctl.strict(name); err != nil {
 		return f, false, err
 	}
+	if x.master == 0 {
+		return f, true, nil
+	}
+	all, err := k.links.list(ctx)
+	if err != nil {
+		return f, false, fmt.Errorf("list links: %w", err)
+	}
 	for _, m := range all {
-		if x.master != 0 && m.index == x.master {
+		if m.index == x.master {
 			f.Master = m.name
 		}
 	}
