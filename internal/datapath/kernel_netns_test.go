@@ -10,6 +10,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -501,8 +502,20 @@ func TestOwnedUnderChurn(t *testing.T) {
 		s.Veths = append(s.Veths, Veth{Name: fmt.Sprintf("wf%d", i), Peer: fmt.Sprintf("wp%d", i), Master: "wfnet", MTU: 1500})
 	}
 	ensure(t, k, s)
+	// Changes come at the pace of dumps, whatever that is on this machine:
+	// some interrupt a dump, and some dumps find room between two.
+	begin := time.Now()
+	const quiet = 5
+	for range quiet {
+		if _, err := k.links.dumps.listOnce(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	pause := 2 * time.Since(begin) / quiet
 	stop := make(chan struct{})
 	ended := make(chan struct{})
+	end := sync.OnceFunc(func() { close(stop); <-ended })
+	t.Cleanup(end)
 	go func() {
 		defer close(ended)
 		c := k.links.change
@@ -510,7 +523,7 @@ func TestOwnedUnderChurn(t *testing.T) {
 			select {
 			case <-stop:
 				return
-			default:
+			case <-time.After(pause):
 			}
 			name := fmt.Sprintf("churn%d", i)
 			if err := c.create(link{name: name, kind: "bridge"}); err != nil {
@@ -518,10 +531,9 @@ func TestOwnedUnderChurn(t *testing.T) {
 				return
 			}
 			// Group 0: not ours, so never in Owned.
-			if l, err := c.get(name); err == nil && i%8 == 0 {
+			if l, err := c.get(name); err == nil {
 				_ = c.remove(l.index)
 			}
-			time.Sleep(time.Millisecond) // a dump takes longer than that
 		}
 	}()
 	interrupted := 0
@@ -531,8 +543,7 @@ func TestOwnedUnderChurn(t *testing.T) {
 		}
 		same(t, k, s)
 	}
-	close(stop)
-	<-ended
+	end()
 	t.Logf("%d of 40 single dumps were interrupted", interrupted)
 }
 
