@@ -1,0 +1,106 @@
+package overlay
+
+import (
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/weftnet/weft/internal/datapath"
+)
+
+// Part is what one host has of one network.
+type Part struct {
+	Host    string `json:"host"`    // the host's ID
+	Name    string `json:"name"`    // its host name, for people
+	VNI     uint32 `json:"vni"`     // VXLAN network identifier, 1 to 2^24-1 (RFC 7348 §4)
+	Version uint64 `json:"version"` // grows with every change
+	// Gone is set in the last Part that a host writes of a network.
+	Gone bool `json:"gone,omitempty"`
+	// VTEP is the host's address on the underlay, Port its UDP port there.
+	VTEP    netip.Addr     `json:"vtep,omitzero"`
+	Port    uint16         `json:"port,omitempty"`
+	MTU     int            `json:"mtu,omitempty"` // bytes, inside containers
+	Subnets []netip.Prefix `json:"subnets,omitempty"`
+	// Endpoints are sorted by MAC.
+	Endpoints []Endpoint `json:"endpoints,omitempty"`
+}
+
+// Endpoint is a container's place on a network, as other hosts see it.
+type Endpoint struct {
+	MAC   datapath.MAC `json:"mac"`
+	Addrs []netip.Addr `json:"addrs,omitempty"`
+	// Claim orders endpoints that claim one address or MAC: the highest wins
+	// on every host alike.
+	Claim uint64 `json:"claim"`
+}
+
+// maxVNI is the highest of 24 bits.
+const maxVNI = 1<<24 - 1
+
+// mostEndpoints is how many ports a bridge has, one of which is the tunnel.
+const mostEndpoints = 1022
+
+// check refuses what no host of ours would say.
+func (p Part) check() error {
+	switch {
+	case p.Host == "" || len(p.Host) > 64 || len(p.Name) > 255:
+		return errors.New("part of no host")
+	case p.VNI == 0 || p.VNI > maxVNI:
+		return fmt.Errorf("part of %s: VNI %d is not one of 1 to %d", p.Host, p.VNI, maxVNI)
+	case p.Gone:
+		return nil
+	case !p.VTEP.IsValid() || p.VTEP.IsUnspecified() || p.VTEP.IsMulticast() || p.VTEP.Is4In6():
+		return fmt.Errorf("part of %s: %s is not the address of a host", p.Host, p.VTEP)
+	case len(p.Endpoints) > mostEndpoints:
+		return fmt.Errorf("part of %s: %d endpoints are more than a bridge has ports", p.Host, len(p.Endpoints))
+	}
+	for _, e := range p.Endpoints {
+		if e.MAC == (datapath.MAC{}) || e.MAC[0]&1 != 0 || len(e.Addrs) > 2 {
+			return fmt.Errorf("part of %s: endpoint %s is not one", p.Host, e.MAC)
+		}
+		for _, a := range e.Addrs {
+			if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" || a.Is4In6() {
+				return fmt.Errorf("part of %s: endpoint %s has the address %q", p.Host, e.MAC, a)
+			}
+		}
+	}
+	return nil
+}
+
+// same reports whether two parts say the same, but for their versions.
+func (p Part) same(o Part) bool {
+	return p.Host == o.Host && p.Name == o.Name && p.VNI == o.VNI && p.Gone == o.Gone && p.fits(o) == nil &&
+		p.VTEP == o.VTEP && slices.EqualFunc(p.Endpoints, o.Endpoints, Endpoint.same)
+}
+
+func (e Endpoint) same(o Endpoint) bool {
+	return e.MAC == o.MAC && e.Claim == o.Claim && slices.Equal(e.Addrs, o.Addrs)
+}
+
+// fits says in what two parts of one network contradict each other.
+func (p Part) fits(o Part) error {
+	switch {
+	case !slices.Equal(p.Subnets, o.Subnets):
+		return fmt.Errorf("subnet %s, and here %s", join(o.Subnets), join(p.Subnets))
+	case p.Port != o.Port:
+		return fmt.Errorf("port %d, and here %d", o.Port, p.Port)
+	case p.MTU != o.MTU:
+		return fmt.Errorf("mtu %d, and here %d", o.MTU, p.MTU)
+	}
+	return nil
+}
+
+func join(list []netip.Prefix) string {
+	text := ""
+	for i, p := range list {
+		if i > 0 {
+			text += ", "
+		}
+		text += p.String()
+	}
+	if text == "" {
+		return "none"
+	}
+	return text
+}
