@@ -105,17 +105,7 @@ func (k *Kernel) PathMTU(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, err
 	}
-	var best *netlink.Route
-	for i := range routes {
-		r := &routes[i]
-		if p, ok := prefixOf(r.Dst); ok && p.Bits() > 0 || r.Type != unix.RTN_UNICAST {
-			continue
-		}
-		if best == nil || r.Family == unix.AF_INET && best.Family != unix.AF_INET ||
-			r.Family == best.Family && r.Priority < best.Priority {
-			best = r
-		}
-	}
+	best := wayOut(routes)
 	if best == nil {
 		return defaultMTU, nil
 	}
@@ -135,6 +125,23 @@ func (k *Kernel) PathMTU(ctx context.Context) (int, error) {
 	return mtu, nil
 }
 
+// wayOut is the default route with the lowest metric, IPv4 before IPv6; nil if
+// there is none.
+func wayOut(routes []netlink.Route) *netlink.Route {
+	var best *netlink.Route
+	for i := range routes {
+		r := &routes[i]
+		if p, ok := prefixOf(r.Dst); ok && p.Bits() > 0 || r.Type != unix.RTN_UNICAST {
+			continue
+		}
+		if best == nil || r.Family == unix.AF_INET && best.Family != unix.AF_INET ||
+			r.Family == best.Family && r.Priority < best.Priority {
+			best = r
+		}
+	}
+	return best
+}
+
 // outlets are the interfaces of a route.
 func outlets(r *netlink.Route) []int {
 	out := []int{r.LinkIndex}
@@ -142,6 +149,127 @@ func outlets(r *netlink.Route) []int {
 		out = append(out, h.LinkIndex)
 	}
 	return out
+}
+
+// Underlay is what tunnels of this host leave by.
+type Underlay struct {
+	Addr netip.Addr
+	Link string
+	MTU  int // bytes, the link's
+}
+
+// Underlay finds what want names: an address of this host, or an interface, of
+// which it takes the first IPv4 address or else the first IPv6 address; "" is
+// the interface of the default route with the lowest metric, IPv4 before IPv6.
+func (k *Kernel) Underlay(ctx context.Context, want string) (Underlay, error) {
+	all, err := k.links.list(ctx)
+	if err != nil {
+		return Underlay{}, fmt.Errorf("list links: %w", err)
+	}
+	if want == "" {
+		return k.links.defaultUnderlay(ctx, all)
+	}
+	if a, err := netip.ParseAddr(want); err == nil {
+		return k.links.underlayOf(ctx, all, a.Unmap())
+	}
+	addrs, err := k.links.lasting(ctx)
+	if err != nil {
+		return Underlay{}, err
+	}
+	i := slices.IndexFunc(all, func(l link) bool { return l.name == want })
+	if i < 0 {
+		return Underlay{}, fmt.Errorf("underlay %s: this host has no such interface or address: it has %s", want, underlays(all, addrs))
+	}
+	own := all[i]
+	switch {
+	case own.ours():
+		return Underlay{}, fmt.Errorf("underlay %s: that is a network of this plugin: use one of %s", want, underlays(all, addrs))
+	case !own.up:
+		return Underlay{}, fmt.Errorf("underlay %s: the interface is down: ip link set %s up", want, want)
+	}
+	list := slices.Clone(addrs[own.index])
+	// Stable: the kernel lists addresses of a family in their order.
+	slices.SortStableFunc(list, func(a, b netip.Prefix) int { return a.Addr().BitLen() - b.Addr().BitLen() })
+	if len(list) == 0 {
+		return Underlay{}, fmt.Errorf("underlay %s: the interface has no address that other hosts could use: use one of %s", want, underlays(all, addrs))
+	}
+	return Underlay{Addr: list[0].Addr(), Link: want, MTU: own.mtu}, nil
+}
+
+func (l *links) defaultUnderlay(ctx context.Context, all []link) (Underlay, error) {
+	routes, err := l.routes(ctx, unix.RT_TABLE_MAIN)
+	if err != nil {
+		return Underlay{}, err
+	}
+	addrs, err := l.lasting(ctx)
+	if err != nil {
+		return Underlay{}, err
+	}
+	best := wayOut(routes)
+	if best == nil {
+		return Underlay{}, fmt.Errorf("underlay: this host has no default route: name an interface or an address, it has %s", underlays(all, addrs))
+	}
+	src, _ := netip.AddrFromSlice(best.Src)
+	src = src.Unmap()
+	for _, own := range all {
+		if !slices.Contains(outlets(best), own.index) {
+			continue
+		}
+		if src.IsValid() {
+			return Underlay{Addr: src, Link: own.name, MTU: own.mtu}, nil
+		}
+		for _, p := range addrs[own.index] {
+			if p.Addr().Is4() == (best.Family == unix.AF_INET) {
+				return Underlay{Addr: p.Addr(), Link: own.name, MTU: own.mtu}, nil
+			}
+		}
+	}
+	return Underlay{}, fmt.Errorf("underlay: the default route's interface has no address that other hosts could use: name another or an address, this host has %s", underlays(all, addrs))
+}
+
+// underlayOf finds the interface that has an address.
+func (l *links) underlayOf(ctx context.Context, all []link, a netip.Addr) (Underlay, error) {
+	if !a.IsGlobalUnicast() || a.Zone() != "" { // also false for the loopback's
+		return Underlay{}, fmt.Errorf("underlay %s: that is not an address by which other hosts reach this one", a)
+	}
+	addrs, err := l.addressesWith(ctx, func(x netlink.Addr) bool { return x.Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_DADFAILED) == 0 })
+	if err != nil {
+		return Underlay{}, err
+	}
+	for _, own := range all {
+		if !slices.ContainsFunc(addrs[own.index], func(p netip.Prefix) bool { return p.Addr() == a }) {
+			continue
+		}
+		if !own.up {
+			return Underlay{}, fmt.Errorf("underlay %s: its interface %s is down: ip link set %s up", a, own.name, own.name)
+		}
+		return Underlay{Addr: a, Link: own.name, MTU: own.mtu}, nil
+	}
+	usable, err := l.lasting(ctx)
+	return Underlay{}, errors.Join(err, fmt.Errorf("underlay %s: this host does not have the address: it has %s", a, underlays(all, usable)))
+}
+
+// lasting returns the addresses that others can know a host by: global, and
+// neither temporary (of privacy extensions) nor secondary, which is one flag.
+func (l *links) lasting(ctx context.Context) (map[int][]netip.Prefix, error) {
+	const not = unix.IFA_F_SECONDARY | unix.IFA_F_DEPRECATED | unix.IFA_F_TENTATIVE | unix.IFA_F_DADFAILED
+	return l.addressesWith(ctx, func(a netlink.Addr) bool { return a.Scope == unix.RT_SCOPE_UNIVERSE && a.Flags&not == 0 })
+}
+
+// underlays names what could be the underlay.
+func underlays(all []link, addrs map[int][]netip.Prefix) string {
+	const most = 8 // a line is to be read
+	var list []string
+	for _, l := range all {
+		if l.ours() || !l.up || len(addrs[l.index]) == 0 || len(list) == most {
+			continue
+		}
+		list = append(list, fmt.Sprintf("%s (%s)", l.name, addrs[l.index][0].Addr()))
+	}
+	if len(list) == 0 {
+		return "none with an address"
+	}
+	return strings.Join(list, ", ")
 }
 
 // list returns all links.
