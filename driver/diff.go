@@ -95,6 +95,10 @@ func (p *pass) compare(have datapath.State, want []wanted) difference {
 	lack.Parents = slices.DeleteFunc(lack.Parents, func(x datapath.Parent) bool { return x.Existing })
 	// One that is not on the host is in its container.
 	lack.Children = slices.DeleteFunc(lack.Children, func(c datapath.Child) bool { return !c.Stays })
+	// A device that is made again comes without its entries.
+	for _, v := range lack.VXLANs {
+		lack.Forwards = append(lack.Forwards, filter(all.Forwards, func(f datapath.Forward) bool { return f.Link == v.Name })...)
+	}
 	var x difference
 	if !lack.Empty() {
 		is, lacks := indexOf(have), indexOf(lack)
@@ -119,21 +123,27 @@ func (p *pass) compare(have datapath.State, want []wanted) difference {
 // name of a link, the key of an element, the host's side of a socket.
 type index struct {
 	// Links have one space of names.
-	bridges, parents, children, veths map[string]bool
-	routes                            map[datapath.Route]bool
-	elements                          map[datapath.Element]bool
-	sockets                           map[datapath.Socket]bool
-	forward4, forward6, hook          bool
+	bridges, vxlans, parents, children, veths map[string]bool
+	routes                                    map[datapath.Route]bool
+	forwards                                  map[datapath.Forward]bool
+	neighbours                                map[datapath.Neighbour]bool
+	elements                                  map[datapath.Element]bool
+	sockets                                   map[datapath.Socket]bool
+	forward4, forward6, hook                  bool
 }
 
 func indexOf(s datapath.State) index {
 	x := index{
-		bridges: make(map[string]bool, len(s.Bridges)), parents: map[string]bool{}, children: map[string]bool{}, routes: map[datapath.Route]bool{}, veths: make(map[string]bool, len(s.Veths)),
+		bridges: make(map[string]bool, len(s.Bridges)), vxlans: map[string]bool{}, parents: map[string]bool{}, children: map[string]bool{}, routes: map[datapath.Route]bool{}, veths: make(map[string]bool, len(s.Veths)),
+		forwards: make(map[datapath.Forward]bool, len(s.Forwards)), neighbours: make(map[datapath.Neighbour]bool, len(s.Neighbours)),
 		elements: make(map[datapath.Element]bool, len(s.Elements)), sockets: make(map[datapath.Socket]bool, len(s.Sockets)),
 		forward4: s.Forward4, forward6: s.Forward6, hook: s.Hook,
 	}
 	for _, b := range s.Bridges {
 		x.bridges[b.Name] = true
+	}
+	for _, v := range s.VXLANs {
+		x.vxlans[v.Name] = true
 	}
 	for _, p := range s.Parents {
 		x.parents[p.Name] = true
@@ -146,6 +156,12 @@ func indexOf(s datapath.State) index {
 	}
 	for _, v := range s.Veths {
 		x.veths[v.Name] = true
+	}
+	for _, f := range s.Forwards {
+		x.forwards[f.Key()] = true
+	}
+	for _, n := range s.Neighbours {
+		x.neighbours[n.Key()] = true
 	}
 	for _, e := range s.Elements {
 		x.elements[elementKey(e)] = true
@@ -176,16 +192,19 @@ func socketKey(s datapath.Socket) datapath.Socket {
 // within is what of s the index has.
 func (x index) within(s datapath.State) datapath.State {
 	return datapath.State{
-		Bridges:  filter(s.Bridges, func(b datapath.Bridge) bool { return x.bridges[b.Name] && !b.Existing }),
-		Parents:  filter(s.Parents, func(p datapath.Parent) bool { return x.parents[p.Name] && !p.Existing }),
-		Children: filter(s.Children, func(c datapath.Child) bool { return x.children[c.Name] }),
-		Routes:   filter(s.Routes, func(r datapath.Route) bool { return x.routes[routeKey(r)] }),
-		Veths:    filter(s.Veths, func(v datapath.Veth) bool { return x.veths[v.Name] }),
-		Elements: filter(s.Elements, func(e datapath.Element) bool { return x.elements[elementKey(e)] }),
-		Sockets:  filter(s.Sockets, func(k datapath.Socket) bool { return x.sockets[socketKey(k)] }),
-		Forward4: s.Forward4 && x.forward4,
-		Forward6: s.Forward6 && x.forward6,
-		Hook:     s.Hook && x.hook,
+		Bridges:    filter(s.Bridges, func(b datapath.Bridge) bool { return x.bridges[b.Name] && !b.Existing }),
+		VXLANs:     filter(s.VXLANs, func(v datapath.VXLAN) bool { return x.vxlans[v.Name] }),
+		Parents:    filter(s.Parents, func(p datapath.Parent) bool { return x.parents[p.Name] && !p.Existing }),
+		Children:   filter(s.Children, func(c datapath.Child) bool { return x.children[c.Name] }),
+		Routes:     filter(s.Routes, func(r datapath.Route) bool { return x.routes[routeKey(r)] }),
+		Veths:      filter(s.Veths, func(v datapath.Veth) bool { return x.veths[v.Name] }),
+		Forwards:   filter(s.Forwards, func(f datapath.Forward) bool { return x.forwards[f.Key()] }),
+		Neighbours: filter(s.Neighbours, func(n datapath.Neighbour) bool { return x.neighbours[n.Key()] }),
+		Elements:   filter(s.Elements, func(e datapath.Element) bool { return x.elements[elementKey(e)] }),
+		Sockets:    filter(s.Sockets, func(k datapath.Socket) bool { return x.sockets[socketKey(k)] }),
+		Forward4:   s.Forward4 && x.forward4,
+		Forward6:   s.Forward6 && x.forward6,
+		Hook:       s.Hook && x.hook,
 	}
 }
 
@@ -195,14 +214,17 @@ func (x index) within(s datapath.State) datapath.State {
 func without(s, other datapath.State) datapath.State {
 	x := indexOf(other)
 	return datapath.State{
-		Bridges:  filter(s.Bridges, func(b datapath.Bridge) bool { return !x.bridges[b.Name] && !b.Existing }),
-		Parents:  filter(s.Parents, func(p datapath.Parent) bool { return !x.parents[p.Name] && !p.Existing }),
-		Children: filter(s.Children, func(c datapath.Child) bool { return !x.children[c.Name] }),
-		Routes:   filter(s.Routes, func(r datapath.Route) bool { return !x.routes[routeKey(r)] }),
-		Veths:    filter(s.Veths, func(v datapath.Veth) bool { return !x.veths[v.Name] }),
-		Elements: filter(s.Elements, func(e datapath.Element) bool { return !x.elements[elementKey(e)] }),
-		Sockets:  filter(s.Sockets, func(k datapath.Socket) bool { return !x.sockets[socketKey(k)] }),
-		Hook:     s.Hook && !x.hook,
+		Bridges:    filter(s.Bridges, func(b datapath.Bridge) bool { return !x.bridges[b.Name] && !b.Existing }),
+		VXLANs:     filter(s.VXLANs, func(v datapath.VXLAN) bool { return !x.vxlans[v.Name] }),
+		Parents:    filter(s.Parents, func(p datapath.Parent) bool { return !x.parents[p.Name] && !p.Existing }),
+		Children:   filter(s.Children, func(c datapath.Child) bool { return !x.children[c.Name] }),
+		Routes:     filter(s.Routes, func(r datapath.Route) bool { return !x.routes[routeKey(r)] }),
+		Veths:      filter(s.Veths, func(v datapath.Veth) bool { return !x.veths[v.Name] }),
+		Forwards:   filter(s.Forwards, func(f datapath.Forward) bool { return !x.forwards[f.Key()] }),
+		Neighbours: filter(s.Neighbours, func(n datapath.Neighbour) bool { return !x.neighbours[n.Key()] }),
+		Elements:   filter(s.Elements, func(e datapath.Element) bool { return !x.elements[elementKey(e)] }),
+		Sockets:    filter(s.Sockets, func(k datapath.Socket) bool { return !x.sockets[socketKey(k)] }),
+		Hook:       s.Hook && !x.hook,
 	}
 }
 

@@ -14,6 +14,10 @@ import (
 // unsolicited neighbour advertisement (RFC 4861, section 7.2.6). Whoever knew
 // another one under that address knows better then. The zero MAC is the link's
 // own. It returns at once, and one that is lost is lost.
+//
+// Out of a bridge with a VXLAN port it reaches the containers of this host
+// only: the bridge keeps announcements from ports that suppress neighbour
+// requests. Other hosts announce to their own.
 func (k *Kernel) Announce(link string, a netip.Addr, mac MAC) error {
 	own, err := k.links.change.get(link)
 	if err != nil {

@@ -1,7 +1,7 @@
 // Package datapath makes the kernel equal to a [State].
 //
-// It owns our links (known by their link group, [Group]) with their addresses
-// and sysctls, the nftables table "weft", the one rule in chains of others
+// It owns our links (known by their link group, [Group]) with their addresses,
+// sysctls, forwarding and neighbour entries, the nftables table "weft", the one rule in chains of others
 // (the hook), and the sockets that hold published ports with the proxy behind
 // them. Nobody else in this module talks to the kernel.
 //
@@ -20,6 +20,7 @@
 // they end with their socket.
 //
 // Entry points: [Kernel.Ensure], [Kernel.Remove], [Kernel.Owned], [Kernel.Reserve];
-// [Kernel.InUse], [Kernel.PathMTU], [Kernel.Link] and [Kernel.Probe] answer
-// questions about the host and its LAN; [Kernel.Announce] tells the LAN.
+// [Kernel.InUse], [Kernel.PathMTU], [Kernel.Underlay], [Kernel.Link] and
+// [Kernel.Probe] answer questions about the host and its LAN; [Kernel.Announce]
+// tells the LAN.
 package datapath

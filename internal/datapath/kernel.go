@@ -92,7 +92,8 @@ func (d *done) say(format string, args ...any) {
 
 // Ensure makes everything in s exist as described and returns a line for each
 // thing that it had to change. On error it removes exactly what this call made
-// and returns the error; what it mended of older objects stays mended.
+// and returns the error; what it mended of older objects stays mended, and so
+// does a forwarding or neighbour entry with another value that it replaced.
 //
 // The order leaves no moment in which something is reachable that should not
 // be: rules that keep networks apart come before their bridges, bridges before
@@ -121,6 +122,17 @@ func (k *Kernel) ensure(ctx context.Context, s State, d *done) error {
 	if err := k.ensureBridges(ctx, s.Bridges, d); err != nil {
 		return err
 	}
+	for _, v := range s.VXLANs {
+		if err := ctx.Err(); err != nil {
+			return fmt.Errorf("create vxlan %s: %w", v.Name, err)
+		}
+		if err := k.links.vxlan(ctx, v, d); err != nil {
+			return err
+		}
+		if err := k.sysctl.vxlan(v, d); err != nil {
+			return err
+		}
+	}
 	if err := k.ensureChildren(ctx, s, d); err != nil {
 		return err
 	}
@@ -131,6 +143,12 @@ func (k *Kernel) ensure(ctx context.Context, s State, d *done) error {
 		if err := k.links.veth(v, d); err != nil {
 			return err
 		}
+	}
+	if err := k.links.ensureForwards(ctx, s.Forwards, d); err != nil {
+		return err
+	}
+	if err := k.links.ensureNeighbours(ctx, s.Neighbours, d); err != nil {
+		return err
 	}
 	for _, x := range s.Sockets {
 		if err := ctx.Err(); err != nil {
@@ -383,8 +401,8 @@ func (k *Kernel) Remove(ctx context.Context, s State) error {
 }
 
 func (k *Kernel) removeLinks(ctx context.Context, s State) error {
-	var veths, bridges, children []doomed
-	var errs []error
+	var veths, vxlans, bridges, children []doomed
+	errs := []error{k.links.removeNeighbours(ctx, s), k.links.removeForwards(ctx, s)}
 	for _, r := range s.Routes {
 		errs = append(errs, k.links.removeRoute(r))
 	}
@@ -393,6 +411,9 @@ func (k *Kernel) removeLinks(ctx context.Context, s State) error {
 	}
 	for _, v := range s.Veths {
 		veths = append(veths, doomed{v.Name, "veth"})
+	}
+	for _, v := range s.VXLANs {
+		vxlans = append(vxlans, doomed{v.Name, kindVXLAN})
 	}
 	for _, b := range s.Bridges {
 		if !b.Existing {
@@ -406,7 +427,7 @@ func (k *Kernel) removeLinks(ctx context.Context, s State) error {
 			errs = append(errs, k.links.remove(ctx, []doomed{{p.Name, p.kind()}}))
 		}
 	}
-	return errors.Join(append(errs, k.links.remove(ctx, bridges))...)
+	return errors.Join(append(errs, k.links.remove(ctx, vxlans), k.links.remove(ctx, bridges))...)
 }
 
 // Owned reads back everything that carries our mark, and which of the switches

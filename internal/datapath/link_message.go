@@ -71,7 +71,11 @@ type link struct {
 	up            bool
 	isolated      bool // as a bridge port
 	hairpin       bool // as a bridge port
+	learning      bool // as a bridge port
+	suppress      bool // as a bridge port: neighbour requests do not leave by it where they can be answered
 	noARP         bool
+	noSnooping    bool   // as a bridge
+	tunnel        tunnel // of a VXLAN device
 	// What the kinds vlan, macvlan and ipvlan have of their own, in the
 	// kernel's numbers: a VLAN ID; a mode; flags of ipvlan.
 	vlan, mode, flags int
@@ -164,7 +168,7 @@ func dump[T any](ctx context.Context, list func() (T, error)) (T, error) {
 }
 
 // create makes a link in one message; data is what its kind needs to know: the
-// other end of a veth pair, or the mode of a sub-interface.
+// other end of a veth pair, the mode of a sub-interface, the VNI of a tunnel.
 func (c *rtnl) create(l link, data ...*nl.RtAttr) error {
 	req := c.request(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, linkInfo(0, l.up))
 	for _, a := range l.attributes() {
@@ -175,18 +179,26 @@ func (c *rtnl) create(l link, data ...*nl.RtAttr) error {
 	if l.peer != 0 {
 		req.AddData(nl.NewRtAttr(unix.IFLA_LINK, nl.Uint32Attr(uint32(l.peer))))
 	}
+	req.AddData(kindAttr(l.kind, data))
+	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
+	return err
+}
+
+// kindAttr is IFLA_LINKINFO.
+func kindAttr(kind string, data []*nl.RtAttr) *nl.RtAttr {
 	info := nl.NewRtAttr(unix.IFLA_LINKINFO, nil)
-	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated(l.kind))
+	info.AddRtAttr(nl.IFLA_INFO_KIND, nl.NonZeroTerminated(kind))
 	if len(data) > 0 {
 		inner := info.AddRtAttr(nl.IFLA_INFO_DATA, nil)
 		for _, a := range data {
 			inner.AddChild(a)
 		}
 	}
-	req.AddData(info)
-	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
-	return err
+	return info
 }
+
+// snoopingOff is what makes a bridge send multicast to all ports.
+func snoopingOff() *nl.RtAttr { return nl.NewRtAttr(nl.IFLA_BR_MCAST_SNOOPING, flagAttr(false)) }
 
 // vethPeer describes the other end of a pair. It is not set up here: the
 // kernel refuses IFF_UP for it (ENOTCONN), and the engine does it in the
@@ -218,11 +230,15 @@ func (l link) attributes() []*nl.RtAttr {
 	return a
 }
 
-// set gives the link with l's index what l has: master, MTU, address, up.
-func (c *rtnl) set(l link) error {
+// set gives the link with l's index what l has: master, MTU, address, up; and
+// data, which only its kind knows.
+func (c *rtnl) set(l link, data ...*nl.RtAttr) error {
 	req := c.request(unix.RTM_NEWLINK, unix.NLM_F_ACK, linkInfo(l.index, l.up))
 	for _, a := range l.attributes() {
 		req.AddData(a)
+	}
+	if len(data) > 0 {
+		req.AddData(kindAttr(l.kind, data))
 	}
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	return err
@@ -235,8 +251,13 @@ func (c *rtnl) setPort(l link) error {
 	info.Family = unix.AF_BRIDGE
 	req := c.request(unix.RTM_SETLINK, unix.NLM_F_ACK, info)
 	port := nl.NewRtAttr(unix.IFLA_PROTINFO|unix.NLA_F_NESTED, nil)
-	port.AddRtAttr(nl.IFLA_BRPORT_ISOLATED, flagAttr(l.isolated))
-	port.AddRtAttr(nl.IFLA_BRPORT_MODE, flagAttr(l.hairpin))
+	if l.kind == kindVXLAN {
+		port.AddRtAttr(nl.IFLA_BRPORT_NEIGH_SUPPRESS, flagAttr(l.suppress))
+		port.AddRtAttr(nl.IFLA_BRPORT_LEARNING, flagAttr(l.learning))
+	} else {
+		port.AddRtAttr(nl.IFLA_BRPORT_ISOLATED, flagAttr(l.isolated))
+		port.AddRtAttr(nl.IFLA_BRPORT_MODE, flagAttr(l.hairpin))
+	}
 	req.AddData(port)
 	_, err := req.Execute(unix.NETLINK_ROUTE, 0)
 	return err
@@ -327,6 +348,10 @@ func (l *link) parseInfo(b []byte) error {
 			l.hairpin = len(b) > 0 && b[0] != 0
 		case nl.IFLA_BRPORT_ISOLATED:
 			l.isolated = len(b) > 0 && b[0] != 0
+		case nl.IFLA_BRPORT_LEARNING:
+			l.learning = len(b) > 0 && b[0] != 0
+		case nl.IFLA_BRPORT_NEIGH_SUPPRESS:
+			l.suppress = len(b) > 0 && b[0] != 0
 		}
 		return nil
 	})
@@ -336,6 +361,10 @@ func (l *link) parseInfo(b []byte) error {
 func (l *link) parseKind(b []byte) error {
 	fields := map[uint16]*int{}
 	switch l.kind {
+	case "bridge":
+		return l.parseSnooping(b)
+	case kindVXLAN:
+		return l.tunnel.parse(b)
 	case "vlan":
 		fields[nl.IFLA_VLAN_ID] = &l.vlan
 	case kindMacvlan:
@@ -355,6 +384,18 @@ func (l *link) parseKind(b []byte) error {
 			return nil
 		}
 		return intAttr(b, to)
+	})
+}
+
+// parseSnooping reads whether a bridge looks at who has joined a group. One of
+// a kernel that cannot says nothing about it.
+func (l *link) parseSnooping(b []byte) error {
+	l.noSnooping = true
+	return eachAttr(b, func(kind uint16, b []byte) error {
+		if kind == nl.IFLA_BR_MCAST_SNOOPING {
+			l.noSnooping = len(b) > 0 && b[0] == 0
+		}
+		return nil
 	})
 }
 

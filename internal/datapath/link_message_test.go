@@ -26,6 +26,19 @@ func FuzzParseLink(f *testing.F) {
 	})
 }
 
+func FuzzParseNeigh(f *testing.F) {
+	f.Add([]byte{})
+	f.Add(make([]byte, 12))
+	f.Add(append(make([]byte, 12), 10, 0, 2, 0, 2, 0, 0, 0, 0, 1, 0, 0, 8, 0, 1, 0, 192, 0, 2, 1))
+	f.Add(append(make([]byte, 12), 5, 0, 1, 0, 1, 0, 0, 0, 0, 0, 2, 0))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		n, err := parseNeigh(b)
+		if err == nil && n.dst.IsValid() && len(b) < 12+4+n.dst.BitLen()/8 {
+			t.Errorf("address %s out of %d bytes", n.dst, len(b))
+		}
+	})
+}
+
 func FuzzParseResolvConf(f *testing.F) {
 	f.Add("nameserver 1.1.1.1\n# x\nnameserver ::1%lo\noptions edns0")
 	f.Fuzz(func(t *testing.T, s string) {

@@ -11,6 +11,7 @@ import (
 	"sync"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
@@ -137,7 +138,7 @@ func (l link) own(kind string) error {
 
 // bridge makes or mends a bridge, without its addresses.
 func (l *links) bridge(b Bridge, d *done) error {
-	want := link{name: b.Name, kind: "bridge", group: Group, mtu: b.MTU, mac: b.MAC, up: true}
+	want := link{name: b.Name, kind: "bridge", group: Group, mtu: b.MTU, mac: b.MAC, up: true, noSnooping: b.NoSnooping}
 	have, err := l.change.get(b.Name)
 	if errors.Is(err, ErrAbsent) {
 		return l.newBridge(want, b, d)
@@ -157,7 +158,11 @@ func (l *links) bridge(b Bridge, d *done) error {
 func (l *links) newBridge(want link, b Bridge, d *done) error {
 	mtu := want.mtu
 	want.mtu = 0
-	if err := l.change.create(want); err != nil {
+	var data []*nl.RtAttr
+	if b.NoSnooping {
+		data = append(data, snoopingOff())
+	}
+	if err := l.change.create(want, data...); err != nil {
 		return fmt.Errorf("create bridge %s: %w", b.Name, err)
 	}
 	d.made.Bridges = append(d.made.Bridges, b)
@@ -177,7 +182,7 @@ func (l *links) newBridge(want link, b Bridge, d *done) error {
 
 // mend changes what differs of a link that exists, in one message.
 func (l *links) mend(have, want link, d *done) error {
-	fix := link{index: have.index, up: true}
+	fix := link{index: have.index, kind: have.kind, up: true}
 	var lines []string
 	if want.master != 0 && have.master != want.master {
 		fix.master = want.master
@@ -191,13 +196,18 @@ func (l *links) mend(have, want link, d *done) error {
 		fix.mac = want.mac
 		lines = append(lines, fmt.Sprintf("address %s, was %s", want.mac, have.mac))
 	}
+	var data []*nl.RtAttr
+	if want.noSnooping && !have.noSnooping {
+		data = append(data, snoopingOff())
+		lines = append(lines, "multicast snooping off")
+	}
 	if !have.up {
 		lines = append(lines, "set up")
 	}
 	if len(lines) == 0 {
 		return nil
 	}
-	if err := l.change.set(fix); err != nil {
+	if err := l.change.set(fix, data...); err != nil {
 		return fmt.Errorf("mend %s %s (%v): %w", have.kind, have.name, lines, err)
 	}
 	for _, line := range lines {
@@ -460,8 +470,13 @@ func (l *links) owned(ctx context.Context, list []link) (s State, err error) {
 		return s, err
 	}
 	names := make(map[int]string, len(list))
+	// Whether snooping is off on other bridges is not our business.
+	tunnelled := make(map[int]bool)
 	for _, x := range list {
 		names[x.index] = x.name
+		if x.ours() && x.kind == kindVXLAN {
+			tunnelled[x.master] = true
+		}
 	}
 	for _, x := range list {
 		if !x.ours() {
@@ -475,7 +490,10 @@ func (l *links) owned(ctx context.Context, list []link) (s State, err error) {
 		}
 		switch x.kind {
 		case "bridge":
-			s.Bridges = append(s.Bridges, Bridge{Name: x.name, MAC: x.mac, MTU: x.mtu, Addrs: addrs[x.index], Down: !x.up})
+			s.Bridges = append(s.Bridges, Bridge{Name: x.name, MAC: x.mac, MTU: x.mtu, Addrs: addrs[x.index], Down: !x.up,
+				NoSnooping: x.noSnooping && tunnelled[x.index]})
+		case kindVXLAN:
+			s.VXLANs = append(s.VXLANs, x.asVXLAN(names[x.master]))
 		case "veth":
 			s.Veths = append(s.Veths, Veth{Name: x.name, Peer: below, Master: names[x.master], MTU: x.mtu, Isolated: x.isolated, Hairpin: x.hairpin, Down: !x.up})
 		case kindVLAN, kindDummy:
@@ -484,8 +502,15 @@ func (l *links) owned(ctx context.Context, list []link) (s State, err error) {
 			s.Children = append(s.Children, x.asChild(below, addrs[x.index]))
 		}
 	}
-	s.Routes, err = l.ownedRoutes(ctx, list)
-	return s, err
+	if s.Routes, err = l.ownedRoutes(ctx, list); err != nil {
+		return s, err
+	}
+	for _, x := range list {
+		if err := l.ownedEntries(ctx, x, tunnelled[x.index], &s); err != nil {
+			return s, err
+		}
+	}
+	return s, nil
 }
 
 // asChild describes a sub-interface; by its name it is one that stays.

@@ -13,13 +13,16 @@ import (
 // is computed from records, compared, and given to [Kernel.Ensure] or
 // [Kernel.Remove]. The zero State asks for nothing.
 type State struct {
-	Bridges  []Bridge
-	Parents  []Parent
-	Children []Child
-	Routes   []Route
-	Veths    []Veth
-	Elements []Element
-	Sockets  []Socket
+	Bridges    []Bridge
+	VXLANs     []VXLAN
+	Parents    []Parent
+	Children   []Child
+	Routes     []Route
+	Veths      []Veth
+	Forwards   []Forward
+	Neighbours []Neighbour
+	Elements   []Element
+	Sockets    []Socket
 	// Forward4 and Forward6 ask for IP forwarding in the host's namespace.
 	// Remove never turns it off again: others may rely on it by then.
 	Forward4, Forward6 bool
@@ -62,13 +65,59 @@ type Bridge struct {
 	Name string
 	MAC  MAC
 	MTU  int // bytes
-	// Addrs are the bridge's own addresses, the gateways of its subnets.
+	// Addrs are the bridge's own addresses, the gateways of its subnets. A bridge
+	// without any is a switch only: the host does not speak on it.
 	Addrs []netip.Prefix
+	// NoSnooping sends multicast to all ports whoever has joined (IGMP and MLD
+	// snooping off), as one with a VXLAN port has to: reports of one host's
+	// containers are not to decide for the others'. Without it the setting is
+	// left as it is.
+	NoSnooping bool
 	// Existing bridges were made by somebody else: Ensure only checks that
 	// there is one, nothing changes or removes it.
 	Existing bool
 	// Down is only ever set by Owned: somebody set the bridge down.
 	Down bool
+}
+
+// VXLAN is a VXLAN device (RFC 7348), a port of our own bridge Master. It finds
+// other hosts by Forwards alone: it joins no group and learns nothing.
+type VXLAN struct {
+	Name, Master string
+	VNI          uint32     // VXLAN network identifier, 24 bits
+	Port         uint16     // UDP port, here and on the other hosts
+	Local        netip.Addr // the host's address on the underlay, and its family
+	MTU          int        // bytes
+	MAC          MAC
+	Down         bool // only ever set by Owned: somebody set the device down
+	// Altered is only ever set by Owned: the device or its bridge port learns
+	// addresses, or the port does not suppress neighbour requests.
+	Altered bool
+}
+
+// Forward is where the VXLAN device Link sends frames for a hardware address:
+// to the host with the address VTEP. The zero MAC is a flood entry: that host
+// gets a copy of what is for everybody or for nobody known. Any other is also a
+// static entry of the bridge, so that frames for it do not go to local ports.
+//
+// Ensure replaces the VTEP of a MAC. Remove leaves one alone that another VTEP
+// has replaced.
+type Forward struct {
+	Link string
+	MAC  MAC
+	VTEP netip.Addr
+	// Altered is only ever set by Owned: the entry of the device or the one of
+	// its bridge is lacking, or has another state than we give it.
+	Altered bool
+}
+
+// Neighbour is a permanent neighbour entry of the bridge Link, from which it
+// answers in place of containers on other hosts. Ensure replaces the MAC of an
+// address; Remove goes by the address alone.
+type Neighbour struct {
+	Link string
+	Addr netip.Addr
+	MAC  MAC
 }
 
 // Veth is a pair whose host end, Name, is a port of Master. The other end,
@@ -215,10 +264,13 @@ type PortRequest struct {
 // Add appends everything in o.
 func (s *State) Add(o State) {
 	s.Bridges = append(s.Bridges, o.Bridges...)
+	s.VXLANs = append(s.VXLANs, o.VXLANs...)
 	s.Parents = append(s.Parents, o.Parents...)
 	s.Children = append(s.Children, o.Children...)
 	s.Routes = append(s.Routes, o.Routes...)
 	s.Veths = append(s.Veths, o.Veths...)
+	s.Forwards = append(s.Forwards, o.Forwards...)
+	s.Neighbours = append(s.Neighbours, o.Neighbours...)
 	s.Elements = append(s.Elements, o.Elements...)
 	s.Sockets = append(s.Sockets, o.Sockets...)
 	s.Forward4 = s.Forward4 || o.Forward4
@@ -231,22 +283,26 @@ func (s *State) Add(o State) {
 // nor is what would only be left alone (bridges that exist already).
 func (s State) Minus(o State) State {
 	return State{
-		Bridges:  minus(s.Bridges, o.Bridges, bridgeKey),
-		Parents:  minus(s.Parents, o.Parents, func(p Parent) Parent { return p }),
-		Children: minus(s.Children, o.Children, childKey),
-		Routes:   minus(s.Routes, o.Routes, routeKey),
-		Veths:    minus(s.Veths, o.Veths, vethKey),
-		Elements: minus(s.Elements, o.Elements, func(e Element) Element { return e }),
-		Sockets:  minus(s.Sockets, o.Sockets, func(x Socket) Socket { return x }),
-		Forward4: s.Forward4 && !o.Forward4,
-		Forward6: s.Forward6 && !o.Forward6,
-		Hook:     s.Hook && !o.Hook,
+		Bridges:    minus(s.Bridges, o.Bridges, bridgeKey),
+		VXLANs:     minus(s.VXLANs, o.VXLANs, func(v VXLAN) VXLAN { return v }),
+		Parents:    minus(s.Parents, o.Parents, func(p Parent) Parent { return p }),
+		Children:   minus(s.Children, o.Children, childKey),
+		Routes:     minus(s.Routes, o.Routes, routeKey),
+		Veths:      minus(s.Veths, o.Veths, vethKey),
+		Forwards:   minus(s.Forwards, o.Forwards, func(f Forward) Forward { return f }),
+		Neighbours: minus(s.Neighbours, o.Neighbours, func(n Neighbour) Neighbour { return n }),
+		Elements:   minus(s.Elements, o.Elements, func(e Element) Element { return e }),
+		Sockets:    minus(s.Sockets, o.Sockets, func(x Socket) Socket { return x }),
+		Forward4:   s.Forward4 && !o.Forward4,
+		Forward6:   s.Forward6 && !o.Forward6,
+		Hook:       s.Hook && !o.Hook,
 	}
 }
 
 // Empty reports whether the State asks for nothing.
 func (s State) Empty() bool {
-	return len(s.Bridges) == 0 && len(s.Parents) == 0 && len(s.Children) == 0 && len(s.Routes) == 0 && len(s.Veths) == 0 && len(s.Elements) == 0 && len(s.Sockets) == 0 &&
+	return len(s.Bridges) == 0 && len(s.VXLANs) == 0 && len(s.Parents) == 0 && len(s.Children) == 0 && len(s.Routes) == 0 && len(s.Veths) == 0 &&
+		len(s.Forwards) == 0 && len(s.Neighbours) == 0 && len(s.Elements) == 0 && len(s.Sockets) == 0 &&
 		!s.Forward4 && !s.Forward6 && !s.Hook
 }
 
@@ -254,7 +310,7 @@ func bridgeKey(b Bridge) string {
 	if b.Existing {
 		return b.Name + " existing"
 	}
-	return fmt.Sprintf("%s %s %d %t %v", b.Name, b.MAC, b.MTU, b.Down, sortedPrefixes(b.Addrs))
+	return fmt.Sprintf("%s %s %d %t %t %v", b.Name, b.MAC, b.MTU, b.Down, b.NoSnooping, sortedPrefixes(b.Addrs))
 }
 
 func vethKey(v Veth) Veth {
@@ -307,6 +363,9 @@ func (s State) String() string {
 	for _, x := range s.Bridges {
 		b.WriteString(x.String() + "\n")
 	}
+	for _, x := range s.VXLANs {
+		b.WriteString(x.String() + "\n")
+	}
 	for _, x := range s.Parents {
 		b.WriteString(x.String() + "\n")
 	}
@@ -317,6 +376,12 @@ func (s State) String() string {
 		b.WriteString(x.String() + "\n")
 	}
 	for _, x := range s.Veths {
+		b.WriteString(x.String() + "\n")
+	}
+	for _, x := range s.Forwards {
+		b.WriteString(x.String() + "\n")
+	}
+	for _, x := range s.Neighbours {
 		b.WriteString(x.String() + "\n")
 	}
 	lines := make([]string, 0, len(s.Elements))
@@ -347,10 +412,33 @@ func (b Bridge) String() string {
 		return fmt.Sprintf("link show %s type bridge", b.Name)
 	}
 	lines := []string{fmt.Sprintf("link add %s address %s mtu %d type bridge", b.Name, b.MAC, b.MTU)}
+	if b.NoSnooping {
+		lines[0] += " mcast_snooping 0"
+	}
 	for _, a := range sortedPrefixes(b.Addrs) {
 		lines = append(lines, fmt.Sprintf("addr add %s dev %s", a, b.Name))
 	}
 	return strings.Join(lines, "\n")
+}
+
+func (v VXLAN) String() string {
+	t := fmt.Sprintf("link add %s address %s master %s mtu %d type vxlan id %d local %s dstport %d nolearning",
+		v.Name, v.MAC, v.Master, v.MTU, v.VNI, v.Local, v.Port)
+	if v.Local.Is6() {
+		t += " udp6zerocsumrx"
+	}
+	return t + fmt.Sprintf("\nbridge link set dev %s neigh_suppress on learning off", v.Name)
+}
+
+func (f Forward) String() string {
+	if f.MAC == (MAC{}) {
+		return fmt.Sprintf("bridge fdb append 00:00:00:00:00:00 dev %s dst %s", f.Link, f.VTEP)
+	}
+	return fmt.Sprintf("bridge fdb replace %s dev %s dst %s self master static", f.MAC, f.Link, f.VTEP)
+}
+
+func (n Neighbour) String() string {
+	return fmt.Sprintf("neigh replace %s lladdr %s dev %s nud permanent", n.Addr, n.MAC, n.Link)
 }
 
 func (p Parent) String() string {

@@ -90,8 +90,12 @@ func (s *sysctl) remount() error {
 	return nil
 }
 
-// setting is one sysctl of a link.
-type setting struct{ name, value string }
+// setting is one sysctl of a link. One of IPv6 that is not needed may be
+// lacking: on a kernel without IPv6, or where the link's MTU is below 1280.
+type setting struct {
+	name, value string
+	needed      bool
+}
 
 // bridge sets what a bridge of ours needs before it gets addresses.
 func (s *sysctl) bridge(b Bridge, d *done) error {
@@ -100,9 +104,28 @@ func (s *sysctl) bridge(b Bridge, d *done) error {
 	if has4 {
 		// A published port is translated for 127.0.0.1 too; its packets
 		// leave by the bridge with that source until they are masqueraded.
-		want = append(want, setting{"ipv4/route_localnet", "1"})
+		want = append(want, setting{name: "ipv4/route_localnet", value: "1"})
+	}
+	if len(b.Addrs) == 0 {
+		want = append(want, silent...)
 	}
 	return s.link("bridge", b.Name, append(want, quiet6(has6)...), d)
+}
+
+// silent is for bridges that the host does not speak on. IPv6 stays on there:
+// without it the kernel refuses the neighbour entries from which the bridge
+// answers for other hosts' containers. But it takes no link-local address
+// (addr_gen_mode none), and does not answer for addresses that it has elsewhere.
+var silent = []setting{
+	{name: "ipv6/addr_gen_mode", value: "1"},
+	{name: "ipv6/disable_ipv6", value: "0"}, // switched off by default on some hosts
+	{name: "ipv4/arp_ignore", value: "8"},
+}
+
+// vxlan keeps the device from speaking itself: with a link-local address it
+// would look for duplicates and for routers, out of the tunnel.
+func (s *sysctl) vxlan(v VXLAN, d *done) error {
+	return s.link(kindVXLAN, v.Name, []setting{{name: "ipv6/disable_ipv6", value: "1"}}, d)
 }
 
 // child sets what the host's own sub-interface needs. It hears the LAN's
@@ -110,9 +133,9 @@ func (s *sysctl) bridge(b Bridge, d *done) error {
 // addresses (arp_ignore), and only to whom a route of ours leads (arp_filter).
 func (s *sysctl) child(c Child, d *done) error {
 	_, has6 := bothFamilies(c.Addrs)
-	want := []setting{{"ipv4/arp_ignore", "1"}, {"ipv4/arp_filter", "1"}, {"ipv4/route_localnet", "1"}}
+	want := []setting{{name: "ipv4/arp_ignore", value: "1"}, {name: "ipv4/arp_filter", value: "1"}, {name: "ipv4/route_localnet", value: "1"}}
 	if !has6 {
-		want = append(want, setting{"ipv6/disable_ipv6", "1"})
+		want = append(want, setting{name: "ipv6/disable_ipv6", value: "1"})
 	}
 	return s.link(c.Kind, c.Name, append(want, quiet6(has6)...), d)
 }
@@ -130,15 +153,15 @@ func quiet6(used bool) []setting {
 	var want []setting
 	if used {
 		// Hosts that switch IPv6 off by default refuse the addresses.
-		want = append(want, setting{"ipv6/disable_ipv6", "0"})
+		want = append(want, setting{name: "ipv6/disable_ipv6", value: "0", needed: true})
 		// The link-local address appears with the bridge's first port. While
 		// the kernel looks for duplicates of it, up to two seconds, it resolves
 		// no neighbour for packets that it forwards (ndisc_send_ns), and nobody
 		// outside reaches the first container. Nothing else has the bridge's MAC.
-		want = append(want, setting{"ipv6/accept_dad", "0"})
+		want = append(want, setting{name: "ipv6/accept_dad", value: "0", needed: true})
 	}
 	// A container must not become the host's router by advertising itself.
-	return append(want, setting{"ipv6/accept_ra", "0"})
+	return append(want, setting{name: "ipv6/accept_ra", value: "0"})
 }
 
 // link sets a link's settings, named as family/setting.
@@ -146,8 +169,8 @@ func (s *sysctl) link(kind, name string, want []setting, d *done) error {
 	for _, w := range want {
 		family, key, _ := strings.Cut(w.name, "/")
 		changed, err := s.set(filepath.Join("net", family, "conf", name, key), w.value)
-		if errors.Is(err, fs.ErrNotExist) && family == "ipv6" && (key == "accept_ra" || w.value == "1") {
-			continue // a kernel without IPv6
+		if errors.Is(err, fs.ErrNotExist) && family == "ipv6" && !w.needed {
+			continue
 		}
 		if err != nil {
 			return fmt.Errorf("%s %s: %w", kind, name, err)
