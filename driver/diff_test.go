@@ -1,0 +1,61 @@
+package driver
+
+import (
+	"net/netip"
+	"testing"
+
+	"github.com/weftnet/weft/internal/datapath"
+)
+
+// tunnelState is what one overlay network could want.
+func tunnelState() datapath.State {
+	vtep := netip.MustParseAddr("192.0.2.2")
+	m := datapath.MAC{2, 0x42, 0, 0, 0, 2}
+	return datapath.State{
+		Bridges: []datapath.Bridge{{Name: "wfb0", NoSnooping: true}},
+		VXLANs:  []datapath.VXLAN{{Name: "wfx0", Master: "wfb0", VNI: 7, Port: 4789, Local: netip.MustParseAddr("192.0.2.1")}},
+		Forwards: []datapath.Forward{
+			{Link: "wfx0", VTEP: vtep},
+			{Link: "wfx0", MAC: m, VTEP: vtep},
+		},
+		Neighbours: []datapath.Neighbour{{Link: "wfb0", Addr: netip.MustParseAddr("10.7.0.2"), MAC: m}},
+	}
+}
+
+// TestCompareTunnels: what is missing and what is stray of an overlay network.
+// An entry with another value is mended by Ensure, and so not removed.
+func TestCompareTunnels(t *testing.T) {
+	other := netip.MustParseAddr("192.0.2.9")
+	s := tunnelState()
+	for name, c := range map[string]struct {
+		damage         func(*datapath.State)
+		missing, stray datapath.State
+	}{
+		"nothing":           {damage: func(*datapath.State) {}},
+		"device gone":       {func(h *datapath.State) { h.VXLANs, h.Forwards = nil, nil }, datapath.State{VXLANs: s.VXLANs, Forwards: s.Forwards}, datapath.State{}},
+		"device otherwise":  {func(h *datapath.State) { h.VXLANs[0].Local = other }, datapath.State{VXLANs: s.VXLANs, Forwards: s.Forwards}, datapath.State{}},
+		"entry gone":        {func(h *datapath.State) { h.Forwards = h.Forwards[:1] }, datapath.State{Forwards: s.Forwards[1:]}, datapath.State{}},
+		"half an entry":     {func(h *datapath.State) { h.Forwards[1].Altered = true }, datapath.State{Forwards: s.Forwards[1:]}, datapath.State{}},
+		"entry elsewhere":   {func(h *datapath.State) { h.Forwards[1].VTEP = other }, datapath.State{Forwards: s.Forwards[1:]}, datapath.State{}},
+		"flood elsewhere":   {func(h *datapath.State) { h.Forwards[0].VTEP = other }, datapath.State{Forwards: s.Forwards[:1]}, datapath.State{Forwards: []datapath.Forward{{Link: "wfx0", VTEP: other}}}},
+		"neighbour's MAC":   {func(h *datapath.State) { h.Neighbours[0].MAC[5]++ }, datapath.State{Neighbours: s.Neighbours}, datapath.State{}},
+		"neighbour unknown": {func(h *datapath.State) { h.Neighbours[0].Addr = other }, datapath.State{Neighbours: s.Neighbours}, datapath.State{Neighbours: []datapath.Neighbour{{Link: "wfb0", Addr: other, MAC: s.Neighbours[0].MAC}}}},
+		"another device":    {func(h *datapath.State) { h.VXLANs = append(h.VXLANs, datapath.VXLAN{Name: "wfx1"}) }, datapath.State{}, datapath.State{VXLANs: []datapath.VXLAN{{Name: "wfx1"}}}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			have := tunnelState()
+			c.damage(&have)
+			x := (&pass{}).compare(have, []wanted{{n: &network{}, state: tunnelState()}})
+			var missing datapath.State
+			for _, w := range x.missing {
+				missing.Add(w.state)
+			}
+			if missing.String() != c.missing.String() {
+				t.Errorf("missing:\n%swant:\n%s", missing, c.missing)
+			}
+			if x.stray.String() != c.stray.String() {
+				t.Errorf("stray:\n%swant:\n%s", x.stray, c.stray)
+			}
+		})
+	}
+}
