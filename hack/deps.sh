@@ -2,14 +2,14 @@
 # Installs the Debian packages that the tests need, those that are missing.
 set -euo pipefail
 need=(gcc libc6-dev docker.io docker-compose iptables nftables iproute2 busybox-static conntrack
-	tcpdump debootstrap procps kmod cpio qemu-system-x86 ca-certificates)
+	tcpdump debootstrap procps kmod cpio qemu-system-x86 ca-certificates etcd-server)
 missing=()
 for p in "${need[@]}"; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$p")
 done
 [ ${#missing[@]} -eq 0 ] && exit 0
 echo "installing: ${missing[*]}"
-# The engine is started by the tests themselves: keep the package from starting one.
+# Engine and etcd are started by the tests themselves: keep the packages from starting them.
 policy=/usr/sbin/policy-rc.d
 if [ ! -e $policy ]; then
 	printf '#!/bin/sh\nexit 101\n' >$policy

@@ -240,8 +240,8 @@ func view[T any](ctx context.Context, b *Bolt, f func(*bbolt.Bucket) (T, error))
 // must be no record under the key ([ErrExists]); with another Rev there must be
 // exactly that one ([ErrConflict], [ErrNotFound]).
 func (b *Bolt) Put(ctx context.Context, r Record) (Record, error) {
-	if r.Key == "" || len(r.Key) > maxKey || len(r.Value) > maxValue {
-		return Record{}, fmt.Errorf("put record %.80q: key of %d or value of %d bytes is too long or empty", r.Key, len(r.Key), len(r.Value))
+	if err := r.check(); err != nil {
+		return Record{}, err
 	}
 	out := Record{Key: r.Key, Value: r.Value}
 	err := b.do(ctx, func(k *bucket) error {
@@ -272,7 +272,7 @@ const prefixChunk = 5000
 // or a crash, the records that are left are the last ones in order of key.
 func (b *Bolt) DeletePrefix(ctx context.Context, prefix string) error {
 	if prefix == "" {
-		return errors.New("delete records: the prefix is empty")
+		return errNoPrefix
 	}
 	for more := true; more; {
 		var m bool // the writer may still be using it after do gave up

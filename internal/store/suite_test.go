@@ -1,10 +1,12 @@
 package store_test
 
 import (
+	"fmt"
 	"path/filepath"
 	"testing"
 
 	"github.com/weftnet/weft/internal/store"
+	"github.com/weftnet/weft/internal/store/etcdtest"
 	"github.com/weftnet/weft/internal/store/storetest"
 )
 
@@ -31,6 +33,20 @@ func TestSuite(t *testing.T) {
 					}
 				})
 				return b
+			})
+		})
+	}
+}
+
+func TestSuiteEtcd(t *testing.T) {
+	for _, members := range []int{1, 3} {
+		t.Run(fmt.Sprintf("%d members", members), func(t *testing.T) {
+			c := etcdtest.Start(t, etcdtest.Config{Members: members})
+			n := 0
+			storetest.Run(t, func(t *testing.T) storetest.Store {
+				t.Helper()
+				n++
+				return openEtcd(t, store.EtcdConfig{Endpoints: c.Endpoints, Prefix: fmt.Sprintf("/test%d/", n)})
 			})
 		})
 	}
