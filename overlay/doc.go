@@ -18,5 +18,6 @@
 // never takes a silent host for a dead one: the containers there go on working
 // without their plugin, so what leads to them stays for the grace time.
 //
-// Locking: Table has one mutex and calls nothing while it holds it.
+// Locking: Table has one mutex and calls nothing while it holds it. Etcd has one
+// that it holds while it calls the Table, never while it waits for the store.
 package overlay
