@@ -114,29 +114,34 @@ func (e *tunnelEnd) ping(t *testing.T, to string) {
 	}
 }
 
-// capture starts to listen on a namespace's eth0 and returns what stops it and tells
-// what was heard.
-func capture(t *testing.T, ns *netnstest.NS, filter string) (heard func() string) {
+// capture starts to listen on a namespace's eth0 and returns what stops it and
+// tells what was heard, after waiting for that many frames.
+func capture(t *testing.T, ns *netnstest.NS, filter string) (heard func(least int) string) {
 	t.Helper()
 	file := filepath.Join(t.TempDir(), "heard")
-	cmd := ns.Start("sh", "-c", "exec tcpdump -l -n -e -i eth0 '"+filter+"' >"+file+" 2>&1")
+	cmd := ns.Start("sh", "-c", "exec tcpdump --immediate-mode -l -n -e -i eth0 '"+filter+"' >"+file+" 2>&1")
 	for stop := time.Now().Add(5 * time.Second); !strings.Contains(read(t, file), "listening"); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(stop) {
 			t.Fatal("tcpdump does not listen: ", read(t, file))
 		}
 	}
-	return func() string {
-		t.Helper()
-		time.Sleep(100 * time.Millisecond) // libpcap hands packets over in blocks
-		_ = cmd.Process.Signal(os.Interrupt)
-		_ = cmd.Wait()
-		var lines []string
+	frames := func() (lines []string) {
 		for line := range strings.Lines(read(t, file)) {
 			if strings.Contains(line, " > ") && strings.Contains(line, "length") {
 				lines = append(lines, line)
 			}
 		}
-		return strings.Join(lines, "")
+		return lines
+	}
+	return func(least int) string {
+		t.Helper()
+		for stop := time.Now().Add(3 * time.Second); len(frames()) < least && time.Now().Before(stop); {
+			time.Sleep(10 * time.Millisecond)
+		}
+		time.Sleep(100 * time.Millisecond) // for one too many
+		_ = cmd.Process.Signal(os.Interrupt)
+		_ = cmd.Wait()
+		return strings.Join(frames(), "")
 	}
 }
 
@@ -314,7 +319,7 @@ func TestOverlayFlood(t *testing.T) {
 						t.Error(c.name, err)
 					}
 				})
-				if got := heard(); strings.Count(got, "\n") != 1 {
+				if got := heard(1); strings.Count(got, "\n") != 1 {
 					t.Errorf("%s: heard %q, want it once", c.name, got)
 				}
 			}
@@ -334,13 +339,13 @@ func TestOverlayAnswersForOthers(t *testing.T) {
 			t.Errorf("%s is known as %q, want %s", addr, got, mac(2))
 		}
 	}
-	if got := heard(); strings.Contains(got, "ARP") || strings.Contains(got, "neighbor solicitation") {
+	if got := heard(2); strings.Contains(got, "ARP") || strings.Contains(got, "neighbor solicitation") {
 		t.Errorf("asked the other host:\n%s", got)
 	}
 	// An address that nobody here knows is asked for over there.
 	heard = capture(t, a.host, "udp port 4789")
 	_, _ = a.container.Output("busybox", "ping", "-c", "1", "-W", "1", "10.7.0.99")
-	if got := heard(); !strings.Contains(got, "who-has 10.7.0.99") {
+	if got := heard(2); !strings.Contains(got, "who-has 10.7.0.99") {
 		t.Errorf("an unknown address was not asked for:\n%s", got)
 	}
 }
@@ -365,7 +370,7 @@ func TestOverlayAnnounce(t *testing.T) {
 			t.Errorf("%s is known as %s, want %s", addr, got, mac(9))
 		}
 	}
-	if got := heard(); strings.Contains(got, mac(9).String()) {
+	if got := heard(0); strings.Contains(got, mac(9).String()) {
 		t.Errorf("the announcement went through the tunnel:\n%s", got)
 	}
 	if got := a.host.Exec("bridge", "fdb", "show", "br", "wfb0"); strings.Contains(got, mac(9).String()) {
