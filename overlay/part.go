@@ -41,6 +41,14 @@ const maxVNI = 1<<24 - 1
 // mostEndpoints is how many ports a bridge has, one of which is the tunnel.
 const mostEndpoints = 1022
 
+// mostSubnets is more than an engine gives to a network, which is one of each
+// family.
+const mostSubnets = 16
+
+// latest is the highest version or claim, a nanosecond of the year 2262. What
+// comes after the highest number of all would be the lowest.
+const latest = 1<<63 - 1
+
 // check refuses what no host of ours would say.
 func (p Part) check() error {
 	switch {
@@ -48,15 +56,19 @@ func (p Part) check() error {
 		return errors.New("part of no host")
 	case p.VNI == 0 || p.VNI > maxVNI:
 		return fmt.Errorf("part of %s: VNI %d is not one of 1 to %d", p.Host, p.VNI, maxVNI)
+	case p.Version > latest:
+		return fmt.Errorf("part of %s: version %d is not a time", p.Host, p.Version)
 	case p.Gone:
 		return nil
 	case !p.VTEP.IsValid() || p.VTEP.IsUnspecified() || p.VTEP.IsMulticast() || p.VTEP.Is4In6():
 		return fmt.Errorf("part of %s: %s is not the address of a host", p.Host, p.VTEP)
+	case p.MTU < 0 || p.MTU > 1<<16-1 || len(p.Subnets) > mostSubnets:
+		return fmt.Errorf("part of %s: MTU %d and %d subnets are not a network's", p.Host, p.MTU, len(p.Subnets))
 	case len(p.Endpoints) > mostEndpoints:
 		return fmt.Errorf("part of %s: %d endpoints are more than a bridge has ports", p.Host, len(p.Endpoints))
 	}
 	for _, e := range p.Endpoints {
-		if e.MAC == (datapath.MAC{}) || e.MAC[0]&1 != 0 || len(e.Addrs) > 2 {
+		if e.MAC == (datapath.MAC{}) || e.MAC[0]&1 != 0 || len(e.Addrs) > 2 || e.Claim > latest {
 			return fmt.Errorf("part of %s: endpoint %s is not one", p.Host, e.MAC)
 		}
 		for _, a := range e.Addrs {

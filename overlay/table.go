@@ -35,10 +35,17 @@ type Table struct {
 	changed chan struct{} // capacity 1: networks are in dirty
 
 	mu    sync.Mutex // over what follows
-	own   map[uint32]Part
+	own   map[uint32]own
 	floor uint64 // no version or claim of ours may be as low
 	hosts map[string]*host
 	dirty map[uint32]bool
+}
+
+// own is this host's part of a network.
+type own struct {
+	part Part
+	turn uint64    // the version with which the network came or went
+	at   time.Time // when that was
 }
 
 type host struct {
@@ -53,7 +60,7 @@ func NewTable(self string, grace time.Duration) *Table {
 	return &Table{
 		self: self, grace: grace, now: time.Now,
 		mine: make(chan struct{}, 1), changed: make(chan struct{}, 1),
-		own: map[uint32]Part{}, hosts: map[string]*host{}, dirty: map[uint32]bool{},
+		own: map[uint32]own{}, hosts: map[string]*host{}, dirty: map[uint32]bool{},
 	}
 }
 
@@ -103,11 +110,11 @@ func (t *Table) Claim() uint64 {
 
 // Set says what this host has of a network. Host and Version are filled in.
 func (t *Table) Set(p Part) {
+	p.Host = t.self
+	p.Endpoints = slices.SortedFunc(slices.Values(p.Endpoints), func(a, b Endpoint) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	p.Host = t.self
-	slices.SortFunc(p.Endpoints, func(a, b Endpoint) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
-	if old, ok := t.own[p.VNI]; ok && old.same(p) {
+	if old, ok := t.own[p.VNI]; ok && old.part.same(p) {
 		return
 	}
 	t.put(p)
@@ -116,7 +123,12 @@ func (t *Table) Set(p Part) {
 // put is Set with mu held.
 func (t *Table) put(p Part) {
 	p.Version = t.tick()
-	t.own[p.VNI] = p
+	o, ok := t.own[p.VNI]
+	if !ok || o.part.Gone != p.Gone {
+		o.turn, o.at = p.Version, t.now()
+	}
+	o.part = p
+	t.own[p.VNI] = o
 	if p.Gone { // the others' parts are no longer kept
 		for _, h := range t.hosts {
 			delete(h.parts, p.VNI)
@@ -126,11 +138,22 @@ func (t *Table) put(p Part) {
 	wake(t.mine)
 }
 
-// Own are the parts of this host, also those that are Gone.
+// Own are the parts of this host, also those that are Gone since less than the
+// grace time.
 func (t *Table) Own() []Part {
+	var list []Part
+	for _, o := range t.owned() {
+		list = append(list, o.part)
+	}
+	return list
+}
+
+// owned are the parts of this host and since which version they are there or
+// gone.
+func (t *Table) owned() []own {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return byVNI(t.own)
+	return slices.SortedFunc(maps.Values(t.own), func(a, b own) int { return cmp.Compare(a.part.VNI, b.part.VNI) })
 }
 
 func byVNI(m map[uint32]Part) []Part {
@@ -139,13 +162,13 @@ func byVNI(m map[uint32]Part) []Part {
 
 // has reports whether this host has the network; mu is held.
 func (t *Table) has(vni uint32) bool {
-	p, ok := t.own[vni]
-	return ok && !p.Gone
+	o, ok := t.own[vni]
+	return ok && !o.part.Gone
 }
 
 // Merge takes a part over, if it is newer than what is known. silent is for how
 // long whoever passed it on has not heard of its host; it counts where this host
-// does not hear it either. A part of this host itself, from before a restart
+// does not hear it either, and the one who heard it last is right. A part of this host itself, from before a restart
 // that forgot it, makes the next version later than that. fresh reports whether
 // the part was taken over.
 func (t *Table) Merge(p Part, silent time.Duration) (fresh bool, err error) {
@@ -167,7 +190,7 @@ func (t *Table) Merge(p Part, silent time.Duration) (fresh bool, err error) {
 	}
 	h := t.hosts[p.Host]
 	since := t.now().Add(-max(silent, 0))
-	if h != nil && !h.silent.IsZero() && since.Before(h.silent) {
+	if h != nil && !h.silent.IsZero() && since.Sub(h.silent) > onTheWay {
 		h.silent = since
 	}
 	if h == nil {
@@ -185,9 +208,14 @@ func (t *Table) Merge(p Part, silent time.Duration) (fresh bool, err error) {
 	return true, nil
 }
 
+// onTheWay is for how long a message may have been under way. Without it, hosts
+// that tell each other of a dead one would make it a little younger each time.
+const onTheWay = 10 * time.Second
+
 // outdo answers a part of this host that others have; mu is held.
 func (t *Table) outdo(p Part) {
-	old, ok := t.own[p.VNI]
+	o, ok := t.own[p.VNI]
+	old := o.part
 	switch {
 	case ok && old.Version > p.Version, ok && old.Version == p.Version && old.same(p):
 	case ok:
@@ -233,10 +261,17 @@ func (t *Table) touchAll(h *host) {
 }
 
 // Expire forgets hosts that were silent for the grace time and returns their
-// names.
+// names. It forgets parts of this host that are Gone for as long, too: everyone
+// who is there has them, and who comes back later with an older one is outdone
+// by Merge.
 func (t *Table) Expire() (names []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	for vni, o := range t.own {
+		if o.part.Gone && t.now().Sub(o.at) >= t.grace {
+			delete(t.own, vni)
+		}
+	}
 	for id, h := range t.hosts {
 		if h.silent.IsZero() || t.now().Sub(h.silent) < t.grace {
 			continue
@@ -260,8 +295,8 @@ func (t *Table) Known() []Known {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var list []Known
-	for _, p := range byVNI(t.own) {
-		list = append(list, Known{Part: p})
+	for _, vni := range slices.Sorted(maps.Keys(t.own)) {
+		list = append(list, Known{Part: t.own[vni].part})
 	}
 	for _, id := range slices.Sorted(maps.Keys(t.hosts)) {
 		h := t.hosts[id]
@@ -291,6 +326,52 @@ func (t *Table) Holders(vni uint32) []string {
 	}
 	slices.Sort(ids)
 	return ids
+}
+
+// part is what a host has of a network, as far as is known here.
+func (t *Table) part(id string, vni uint32) (Part, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if id == t.self {
+		o, ok := t.own[vni]
+		return o.part, ok
+	}
+	h := t.hosts[id]
+	if h == nil {
+		return Part{}, false
+	}
+	p, ok := h.parts[vni]
+	return p, ok
+}
+
+// partsOf are the parts of one host.
+func (t *Table) partsOf(id string) []Part {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if h := t.hosts[id]; h != nil {
+		return byVNI(h.parts)
+	}
+	return nil
+}
+
+// knows reports whether anything is known of a host.
+func (t *Table) knows(id string) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.hosts[id] != nil
+}
+
+// silentParts are the parts of a network whose hosts are not heard.
+func (t *Table) silentParts(vni uint32) []Known {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	var list []Known
+	for _, h := range t.hosts {
+		if p, ok := h.parts[vni]; ok && !h.silent.IsZero() {
+			list = append(list, Known{Part: p, Silent: h.quiet(t.now())})
+		}
+	}
+	return list
 }
 
 // View is what the parts of a network mean together for this host.
@@ -323,10 +404,10 @@ func (t *Table) View(vni uint32) View {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	v := View{Forwards: map[datapath.MAC]netip.Addr{}, Neighbours: map[netip.Addr]datapath.MAC{}}
-	own, ok := t.own[vni]
-	if !ok || own.Gone {
+	if !t.has(vni) {
 		return v
 	}
+	own := t.own[vni].part
 	byMAC, byAddr := map[datapath.MAC]claimant{}, map[netip.Addr]claimant{}
 	add := func(p *Part, name string, silent bool) {
 		for i := range p.Endpoints {
