@@ -15,13 +15,20 @@ import (
 	"github.com/weftnet/weft/internal/plugin"
 )
 
-// Capabilities is the answer to plugin.PathNetworkCapabilities. It is given
-// before there is a Driver. Connectivity is local as with the built-in bridge:
-// the engine would otherwise answer names on other nodes with addresses that
-// cannot be reached from there.
-var Capabilities = plugin.NetworkCapabilities{
-	CapabilitiesResponse: wire.CapabilitiesResponse{Scope: wire.LocalScope, ConnectivityScope: wire.LocalScope},
-	GwAllocChecker:       true,
+// Capabilities is the answer to plugin.PathNetworkCapabilities, for networks of
+// this host alone or of the whole swarm. It is given before there is a Driver.
+// Connectivity has the same scope: the engine would otherwise answer names on
+// other nodes with addresses that cannot be reached from there, or not answer
+// those of other nodes.
+func Capabilities(global bool) plugin.NetworkCapabilities {
+	scope := wire.LocalScope
+	if global {
+		scope = wire.GlobalScope
+	}
+	return plugin.NetworkCapabilities{
+		CapabilitiesResponse: wire.CapabilitiesResponse{Scope: scope, ConnectivityScope: scope},
+		GwAllocChecker:       true,
+	}
 }
 
 // Register makes m answer the calls of a network driver, but for its
@@ -29,7 +36,7 @@ var Capabilities = plugin.NetworkCapabilities{
 func (d *Driver) Register(m *plugin.Mux) {
 	plugin.Handle(m, plugin.PathGwAllocCheck, d.gwAllocCheck)
 	plugin.Handle(m, plugin.PathAllocateNetwork, d.allocateNetwork)
-	plugin.Handle(m, plugin.PathFreeNetwork, accept[wire.FreeNetworkRequest])
+	plugin.Handle(m, plugin.PathFreeNetwork, d.freeNetwork)
 	plugin.Handle(m, plugin.PathCreateNetwork, d.handleCreateNetwork)
 	plugin.Handle(m, plugin.PathDeleteNetwork, d.handleDeleteNetwork)
 	plugin.Handle(m, plugin.PathCreateEndpoint, d.handleCreateEndpoint)
@@ -39,17 +46,17 @@ func (d *Driver) Register(m *plugin.Mux) {
 	plugin.Handle(m, plugin.PathLeave, d.handleLeave)
 	plugin.Handle(m, plugin.PathProgramExternal, d.handleProgram)
 	plugin.Handle(m, plugin.PathRevokeExternal, d.handleRevoke)
-	plugin.Handle(m, plugin.PathDiscoverNew, accept[plugin.DiscoveryNotification])
+	plugin.Handle(m, plugin.PathDiscoverNew, d.discoverNew)
 	plugin.Handle(m, plugin.PathDiscoverDelete, accept[plugin.DiscoveryNotification])
 }
 
-// accept answers calls that concern only drivers of other scopes.
+// accept answers calls that nothing has to be done for.
 func accept[Req any](context.Context, Req) (plugin.Empty, error) { return plugin.Empty{}, nil }
 
 func (d *Driver) modes() []string { return slices.Collect(maps.Keys(d.backends)) }
 
 func (d *Driver) gwAllocCheck(_ context.Context, req plugin.GwAllocCheckRequest) (plugin.GwAllocCheckResponse, error) {
-	n, err := parseNetworkOptions(req.Options, d.modes())
+	n, err := parseNetworkOptions(req.Options, d.modes(), d.defaultMode())
 	if err != nil {
 		return plugin.GwAllocCheckResponse{}, err
 	}
@@ -63,21 +70,20 @@ func (n Network) skipGateway(f family) bool {
 	if n.onParent() && (o.Parent == "" || o.layer3()) {
 		return true
 	}
-	noRoute := n.Internal || o.Egress == EgressNone || o.Egress == EgressEngine
-	noAddress := n.onParent() || o.Bridge != "" || f == ipv4 && o.InhibitIPv4
+	noRoute := n.Internal || o.Egress == EgressNone || o.Egress == EgressEngine || o.Egress == "" && n.Mode == ModeOverlay
+	noAddress := n.onParent() || n.Mode == ModeOverlay || o.Bridge != "" || f == ipv4 && o.InhibitIPv4
 	return o.gateway(f) == GatewayIsolated || noRoute && noAddress
-}
-
-func (d *Driver) allocateNetwork(context.Context, wire.AllocateNetworkRequest) (wire.AllocateNetworkResponse, error) {
-	return wire.AllocateNetworkResponse{}, errors.New("this driver's networks are local to a node: make them with --scope swarm from a --config-only network on each node")
 }
 
 func (d *Driver) handleCreateNetwork(ctx context.Context, req wire.CreateNetworkRequest) (plugin.Empty, error) {
 	if err := checkID("network", req.NetworkID); err != nil {
 		return plugin.Empty{}, err
 	}
-	n, err := parseNetworkOptions(req.Options, d.modes())
+	n, err := parseNetworkOptions(req.Options, d.modes(), d.defaultMode())
 	if err != nil {
+		return plugin.Empty{}, err
+	}
+	if err := d.checkScope(n); err != nil {
 		return plugin.Empty{}, err
 	}
 	n.ID = req.NetworkID
@@ -92,6 +98,11 @@ func (d *Driver) handleCreateNetwork(ctx context.Context, req wire.CreateNetwork
 	}
 	if err := d.vetHost(ctx, n); err != nil {
 		return plugin.Empty{}, err
+	}
+	if n.Mode == ModeOverlay {
+		if err := d.admit(ctx, &n); err != nil {
+			return plugin.Empty{}, err
+		}
 	}
 	return plugin.Empty{}, d.createNetwork(ctx, n)
 }
@@ -159,6 +170,9 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req wire.CreateEndpoi
 		return resp, err
 	}
 	resp.Interface = &wire.EndpointInterface{}
+	if err := d.unclaimed(n.rec, rec); err != nil {
+		return resp, err
+	}
 	switch {
 	case n.rec.Mode == modeIPvlan && rec.MAC != (datapath.MAC{}):
 		return resp, fmt.Errorf("MAC address %s: mode ipvlan has its parent's for all containers: take it away, or use mode=macvlan", rec.MAC)

@@ -78,7 +78,7 @@ func benchDriver(b *testing.B, there int) *Driver {
 	if err != nil {
 		b.Fatal(err)
 	}
-	rec, err := parseNetworkOptions(nil, []string{"bridge"})
+	rec, err := parseNetworkOptions(nil, []string{"bridge"}, modeBridge)
 	if err != nil {
 		b.Fatal(err)
 	}

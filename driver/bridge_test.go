@@ -55,7 +55,7 @@ func (c bridgeCase) network() (Network, error) {
 		k, v, _ := strings.Cut(word, "=")
 		generic[k] = strings.ReplaceAll(v, "_", " ")
 	}
-	n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: generic, plugin.OptionInternal: c.internal}, []string{"bridge"})
+	n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: generic, plugin.OptionInternal: c.internal}, []string{"bridge"}, modeBridge)
 	if err != nil {
 		return n, err
 	}

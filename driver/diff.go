@@ -42,7 +42,9 @@ func (d *Driver) wanted() []wanted {
 		if n.doomed {
 			continue
 		}
-		list = append(list, wanted{n: n, state: d.networkState(n)})
+		w := wanted{n: n, state: d.networkState(n)}
+		w.state.Add(n.remote)
+		list = append(list, w)
 		for _, e := range n.endpoints {
 			if !e.doomed {
 				list = append(list, wanted{n: n, e: e, state: d.endpointState(n, e)})

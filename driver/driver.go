@@ -50,7 +50,10 @@ type Config struct {
 	Kernel              kernel
 	Backends            map[string]Backend // by the value of -o mode=
 	Host                host
-	Log                 logrus.FieldLogger
+	Cluster             cluster // nil where no mode spans hosts
+	// Swarm is nil where networks are this host's own (scope local).
+	Swarm swarm
+	Log   logrus.FieldLogger
 }
 
 // Driver is the network driver. See the package's comment for its locks.
@@ -59,6 +62,8 @@ type Driver struct {
 	kernel    kernel
 	backends  map[string]Backend
 	host      host
+	cluster   cluster
+	swarm     swarm
 	log       logrus.FieldLogger
 	now       func() time.Time
 	started   time.Time
@@ -87,6 +92,8 @@ type network struct {
 	doomed  bool // to be deleted; wanted by nobody
 	// vetted has when the LAN was asked for an address and nobody answered.
 	vetted map[netip.Addr]time.Time
+	// remote is what leads to endpoints on other hosts; over it is Driver.mu.
+	remote datapath.State
 }
 
 func newNetwork(rec Network) *network {
@@ -114,11 +121,13 @@ func New(c Config) (*Driver, error) {
 		return nil, errors.New("network driver: the kernel is missing")
 	case len(c.Backends) == 0:
 		return nil, errors.New("network driver: there is no mode")
+	case c.Backends[ModeOverlay] != nil && c.Cluster == nil:
+		return nil, errors.New("network driver: mode overlay needs a cluster")
 	case c.Host == nil || c.Log == nil:
 		return nil, errors.New("network driver: Host and Log must be set")
 	}
 	return &Driver{
-		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, log: c.Log,
+		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, cluster: c.Cluster, swarm: c.Swarm, log: c.Log,
 		now: time.Now, started: time.Now(), networks: map[string]*network{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }
@@ -273,6 +282,7 @@ func (d *Driver) make(ctx context.Context, n *network) error {
 	if err := d.saveNetwork(ctx, n, rec); err != nil {
 		return err
 	}
+	d.share(n)
 	return ctx.Err() // the engine was told that it failed, and never deletes it
 }
 
@@ -291,6 +301,7 @@ func (d *Driver) saveNetwork(ctx context.Context, n *network, rec Network) error
 // same ID, if there is one.
 func (d *Driver) complete(ctx context.Context, rec *Network, old *network) error {
 	switch {
+	case rec.MTU != 0: // the cluster's
 	case rec.Options.MTU != 0:
 		rec.MTU = rec.Options.MTU
 	case old != nil:
@@ -353,6 +364,7 @@ func (d *Driver) readopt(ctx context.Context, n *network, rec Network) error {
 		return err
 	}
 	_, err := d.kernel.Ensure(ctx, d.networkState(n))
+	d.share(n)
 	return err
 }
 
@@ -463,6 +475,9 @@ func (d *Driver) removeNetwork(ctx context.Context, n *network) error {
 	if err := d.nets.Delete(ctx, networkKey(n.rec.ID)); err != nil {
 		return err
 	}
+	if n.rec.VNI != 0 {
+		d.cluster.Withdraw(n.rec)
+	}
 	d.mu.Lock()
 	delete(d.networks, n.rec.ID)
 	d.mu.Unlock()
@@ -502,6 +517,7 @@ func (d *Driver) forget(ctx context.Context, n *network, e *endpoint) error {
 	d.mu.Lock()
 	n.strike(e)
 	d.mu.Unlock()
+	d.share(n)
 	return nil
 }
 

@@ -13,6 +13,9 @@ import (
 // createEndpoint makes the links of an endpoint. The call may come again.
 func (d *Driver) createEndpoint(ctx context.Context, n *network, rec Endpoint) error {
 	rec.Created = d.now().UTC()
+	if n.rec.VNI != 0 {
+		rec.Claim = d.cluster.Claim()
+	}
 	e, fresh, err := d.claim(ctx, n, rec)
 	if err != nil {
 		return err
@@ -32,6 +35,7 @@ func (d *Driver) createEndpoint(ctx context.Context, n *network, rec Endpoint) e
 		defer cancel()
 		return join(err, d.removeEndpoint(ctx, n, e))
 	}
+	d.share(n)
 	return nil
 }
 
@@ -76,6 +80,7 @@ func (d *Driver) revive(ctx context.Context, n *network, e *endpoint) error {
 		d.mu.Unlock()
 		return err
 	}
+	d.share(n)
 	return nil
 }
 
@@ -350,5 +355,7 @@ func (d *Driver) leave(ctx context.Context, n *network, e *endpoint) error {
 	d.mu.Lock()
 	e.joined, e.gone = false, false
 	d.mu.Unlock()
-	return d.settle(ctx, e, rec)
+	err := d.settle(ctx, e, rec)
+	d.share(n)
+	return err
 }

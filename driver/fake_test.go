@@ -85,19 +85,22 @@ func (s faultyStore) Delete(ctx context.Context, key string) error {
 type fakeKernel struct {
 	faults *faults
 
-	mu       sync.Mutex
-	bridges  map[string]datapath.Bridge
-	veths    map[string]datapath.Veth
-	home     map[string]bool // veths whose peer is in the host's namespace
-	parents  map[string]datapath.Parent
-	children map[string]datapath.Child // those on the host
-	inside   map[string]datapath.Child // those in containers
-	routes   map[datapath.Route]datapath.Route
-	elements map[datapath.Element]datapath.Element
-	sockets  map[datapath.Socket]datapath.Socket // by key; the zero To is a reservation
-	forward4 bool
-	forward6 bool
-	hook     bool
+	mu         sync.Mutex
+	bridges    map[string]datapath.Bridge
+	vxlans     map[string]datapath.VXLAN
+	forwards   map[datapath.Forward]datapath.Forward
+	neighbours map[datapath.Neighbour]datapath.Neighbour
+	veths      map[string]datapath.Veth
+	home       map[string]bool // veths whose peer is in the host's namespace
+	parents    map[string]datapath.Parent
+	children   map[string]datapath.Child // those on the host
+	inside     map[string]datapath.Child // those in containers
+	routes     map[datapath.Route]datapath.Route
+	elements   map[datapath.Element]datapath.Element
+	sockets    map[datapath.Socket]datapath.Socket // by key; the zero To is a reservation
+	forward4   bool
+	forward6   bool
+	hook       bool
 
 	foreign map[string]bool         // bridges of others
 	taken   map[netip.AddrPort]bool // ports of others
@@ -109,7 +112,8 @@ type fakeKernel struct {
 
 func newFakeKernel(f *faults) *fakeKernel {
 	return &fakeKernel{
-		faults: f, bridges: map[string]datapath.Bridge{}, veths: map[string]datapath.Veth{}, home: map[string]bool{},
+		faults: f, bridges: map[string]datapath.Bridge{}, vxlans: map[string]datapath.VXLAN{},
+		forwards: map[datapath.Forward]datapath.Forward{}, neighbours: map[datapath.Neighbour]datapath.Neighbour{}, veths: map[string]datapath.Veth{}, home: map[string]bool{},
 		parents: map[string]datapath.Parent{}, children: map[string]datapath.Child{}, inside: map[string]datapath.Child{},
 		routes: map[datapath.Route]datapath.Route{}, elements: map[datapath.Element]datapath.Element{}, sockets: map[datapath.Socket]datapath.Socket{},
 		foreign: map[string]bool{}, taken: map[netip.AddrPort]bool{}, made: map[string]int{},
@@ -160,10 +164,37 @@ func (k *fakeKernel) ensure(s datapath.State, made *datapath.State) (lines []str
 			say(b)
 		}
 	}
+	for _, v := range s.VXLANs {
+		if have := k.vxlans[v.Name]; have != v {
+			if have.Local != v.Local { // made anew, and its entries went
+				maps.DeleteFunc(k.forwards, func(_, f datapath.Forward) bool { return f.Link == v.Name })
+			}
+			if have.Name == "" {
+				made.VXLANs = append(made.VXLANs, v)
+			}
+			k.vxlans[v.Name] = v
+			say(v)
+		}
+	}
 	more, err := k.ensureChildren(s, made)
 	lines = append(lines, more...)
 	if err != nil {
 		return nil, err
+	}
+	for _, f := range s.Forwards {
+		if k.vxlans[f.Link].Name == "" {
+			return nil, fmt.Errorf("forward %s: %s does not exist", f, f.Link)
+		}
+		if k.forwards[f.Key()] != f {
+			k.forwards[f.Key()] = f
+			say(f)
+		}
+	}
+	for _, n := range s.Neighbours {
+		if k.neighbours[n.Key()] != n {
+			k.neighbours[n.Key()] = n
+			say(n)
+		}
 	}
 	for _, v := range s.Veths {
 		if _, ours := k.bridges[v.Master]; !ours && !k.foreign[v.Master] {
@@ -317,8 +348,21 @@ func (k *fakeKernel) remove(s datapath.State) {
 	for _, p := range s.Parents {
 		delete(k.parents, p.Name)
 	}
+	for _, f := range s.Forwards {
+		if k.forwards[f.Key()] == f {
+			delete(k.forwards, f.Key())
+		}
+	}
+	for _, n := range s.Neighbours {
+		delete(k.neighbours, n.Key())
+	}
+	for _, v := range s.VXLANs {
+		delete(k.vxlans, v.Name)
+		maps.DeleteFunc(k.forwards, func(_, f datapath.Forward) bool { return f.Link == v.Name })
+	}
 	for _, b := range s.Bridges {
 		delete(k.bridges, b.Name)
+		maps.DeleteFunc(k.neighbours, func(_, n datapath.Neighbour) bool { return n.Link == b.Name })
 	}
 	if s.Hook {
 		k.hook = false
@@ -353,6 +397,15 @@ func (k *fakeKernel) owned() datapath.State {
 	for _, b := range k.bridges {
 		s.Bridges = append(s.Bridges, b)
 	}
+	for _, v := range k.vxlans {
+		s.VXLANs = append(s.VXLANs, v)
+	}
+	for _, f := range k.forwards {
+		s.Forwards = append(s.Forwards, f)
+	}
+	for _, n := range k.neighbours {
+		s.Neighbours = append(s.Neighbours, n)
+	}
 	for _, v := range k.veths {
 		if !k.home[v.Name] {
 			v.Peer = ""
@@ -378,6 +431,9 @@ func (k *fakeKernel) owned() datapath.State {
 		}
 	}
 	slices.SortFunc(s.Bridges, func(a, b datapath.Bridge) int { return compareText(a, b) })
+	slices.SortFunc(s.VXLANs, func(a, b datapath.VXLAN) int { return compareText(a, b) })
+	slices.SortFunc(s.Forwards, func(a, b datapath.Forward) int { return compareText(a, b) })
+	slices.SortFunc(s.Neighbours, func(a, b datapath.Neighbour) int { return compareText(a, b) })
 	slices.SortFunc(s.Parents, func(a, b datapath.Parent) int { return compareText(a, b) })
 	slices.SortFunc(s.Children, func(a, b datapath.Child) int { return compareText(a, b) })
 	slices.SortFunc(s.Routes, func(a, b datapath.Route) int { return compareText(a, b) })
@@ -435,6 +491,9 @@ func (k *fakeKernel) reboot() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	clear(k.bridges)
+	clear(k.vxlans)
+	clear(k.forwards)
+	clear(k.neighbours)
 	clear(k.veths)
 	clear(k.home)
 	clear(k.parents)

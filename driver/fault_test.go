@@ -262,7 +262,7 @@ func TestAnsweredTooLate(t *testing.T) {
 	r := newRig(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	r.kernel.seen = func(datapath.State) { cancel() }
-	n, err := parseNetworkOptions(nil, []string{"bridge"})
+	n, err := parseNetworkOptions(nil, []string{"bridge"}, modeBridge)
 	if err != nil {
 		t.Fatal(err)
 	}

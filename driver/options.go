@@ -49,6 +49,12 @@ type Options struct {
 	HostAddrs  []netip.Addr `json:",omitempty"`
 	// NoProbe hands addresses out without asking the LAN for them.
 	NoProbe bool `json:",omitempty"`
+	// VNI and Port are those of an overlay network; 0 leaves them to us.
+	VNI  uint32 `json:",omitempty"`
+	Port uint16 `json:",omitempty"`
+	// Join is where and with which key a swarm's nodes find each other; it is in
+	// the leader's answer, not typed.
+	Join string `json:",omitempty"`
 	// Host4 and Host6 are the source addresses of masqueraded traffic.
 	Host4, Host6 netip.Addr
 }
@@ -93,7 +99,11 @@ func (o Options) host(f family) netip.Addr {
 // modeBridge is the default of -o mode=.
 const modeBridge = "bridge"
 
-const optionMode = "mode"
+const (
+	optionMode = "mode"
+	optionVNI  = "vni"
+	optionJoin = "weft.join"
+)
 
 // option is one name that users may type after -o.
 type option struct {
@@ -115,6 +125,7 @@ var (
 	macvlanOnly = []string{modeMacvlan}
 	ipvlanOnly  = []string{modeIPvlan}
 	parentOnly  = []string{modeMacvlan, modeIPvlan}
+	overlayOnly = []string{ModeOverlay}
 )
 
 // options are all names, by the built-in drivers' spelling where they have
@@ -167,6 +178,17 @@ var options = map[string]option{
 	"ipvlan_flag":  {ipvlanOnly, setChoice(func(s *settings) *string { return &s.SubFlag }, "bridge", "private", "vepa")},
 	"host_access":  {parentOnly, setBool(func(s *settings) *bool { return &s.HostAccess })},
 	"host_address": {parentOnly, setHostAddrs},
+	optionVNI:      {overlayOnly, setVNI},
+	"com.docker.network.driver.overlay.vxlanid_list": {overlayOnly, setVNI},
+	"port": {overlayOnly, func(s *settings, v string) error {
+		p, err := strconv.ParseUint(v, 10, 16)
+		if err != nil || p == 0 {
+			return fmt.Errorf("%q is not a UDP port: valid are 1 to 65535", clip(v))
+		}
+		s.Port = uint16(p)
+		return nil
+	}},
+	optionJoin: {overlayOnly, func(s *settings, v string) error { s.Join = v; return nil }},
 	"probe": {nil, func(s *settings, v string) error {
 		on, err := parseBool(v)
 		s.NoProbe = !on
@@ -177,8 +199,9 @@ var options = map[string]option{
 }
 
 // parseNetworkOptions reads the Options of CreateNetwork and GwAllocCheck
-// into a Network without subnets. modes are those this program has.
-func parseNetworkOptions(raw map[string]any, modes []string) (Network, error) {
+// into a Network without subnets. modes are those this program has, mode is the
+// one of a network that names none.
+func parseNetworkOptions(raw map[string]any, modes []string, mode string) (Network, error) {
 	n := Network{Version: recordVersion}
 	if v, ok := raw[plugin.OptionInternal]; ok {
 		internal, isBool := v.(bool)
@@ -191,7 +214,7 @@ func parseNetworkOptions(raw map[string]any, modes []string) (Network, error) {
 	if err != nil {
 		return n, err
 	}
-	n.Mode = modeBridge
+	n.Mode = mode
 	if m, ok := generic[optionMode]; ok {
 		n.Mode = m
 	}
@@ -209,9 +232,12 @@ func parseNetworkOptions(raw map[string]any, modes []string) (Network, error) {
 	}
 	// A network on somebody else's bridge is usually part of a LAN that knows
 	// its addresses.
-	s.Masquerade = s.Bridge == "" && n.Mode == modeBridge
+	s.Masquerade = s.Bridge == "" && (n.Mode == modeBridge || n.Mode == ModeOverlay)
 	if s.masquerade != "" {
 		s.Masquerade = s.masquerade == "true"
+	}
+	if a, b := generic["vni"], generic["com.docker.network.driver.overlay.vxlanid_list"]; a != "" && b != "" && a != b {
+		return n, fmt.Errorf("options vni=%s and com.docker.network.driver.overlay.vxlanid_list=%s contradict each other", a, b)
 	}
 	n.Internal = n.Internal || s.internal
 	n.Options = s.Options
@@ -236,7 +262,7 @@ func (s *settings) apply(mode, key, value string) error {
 func unknownOption(mode, key string) error {
 	var valid []string
 	for name, o := range options {
-		if o.set != nil && (o.modes == nil || slices.Contains(o.modes, mode)) {
+		if o.set != nil && name != optionJoin && (o.modes == nil || slices.Contains(o.modes, mode)) {
 			valid = append(valid, name)
 		}
 	}
@@ -289,6 +315,15 @@ func setMTU(s *settings, v string) error {
 		return fmt.Errorf("%q is not an MTU: valid are 68 to 65535", clip(v))
 	}
 	s.MTU = mtu
+	return nil
+}
+
+func setVNI(s *settings, v string) error {
+	vni, err := strconv.ParseUint(v, 10, 24)
+	if err != nil || vni == 0 {
+		return fmt.Errorf("%q is not a VXLAN network identifier: valid are 1 to 16777215", clip(v))
+	}
+	s.VNI = uint32(vni)
 	return nil
 }
 

@@ -62,7 +62,7 @@ func TestParseOptions(t *testing.T) {
 		{map[string]any{"mode": "macvlan", "host_access": "true", "host_address": "192.0.2.9, 2001:db8::9"}, Options{ICC: true, HostAccess: true,
 			HostAddrs: []netip.Addr{netip.MustParseAddr("192.0.2.9"), netip.MustParseAddr("2001:db8::9")}}},
 	} {
-		n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: c.generic}, []string{"bridge", "macvlan", "ipvlan"})
+		n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: c.generic}, []string{"bridge", "macvlan", "ipvlan"}, modeBridge)
 		if err != nil {
 			t.Errorf("%v: %v", c.generic, err)
 			continue
@@ -82,7 +82,7 @@ func TestParseOptions(t *testing.T) {
 		{plugin.OptionInternal: true},
 		{plugin.OptionGeneric: map[string]any{"com.docker.network.internal": "true"}},
 	} {
-		if n, err := parseNetworkOptions(raw, []string{"bridge"}); err != nil || !n.Internal {
+		if n, err := parseNetworkOptions(raw, []string{"bridge"}, modeBridge); err != nil || !n.Internal {
 			t.Errorf("%v: internal %t, %v", raw, n.Internal, err)
 		}
 	}
@@ -130,7 +130,7 @@ func TestRefusedOptions(t *testing.T) {
 		{"routes", "10.0.0.0/8 dev eth0", []string{"via"}},
 		{"com.docker.network.internal", "maybe", []string{"maybe"}},
 	} {
-		_, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: map[string]any{c.key: c.value}}, []string{"overlay", "bridge"})
+		_, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: map[string]any{c.key: c.value}}, []string{"overlay", "bridge"}, modeBridge)
 		if err == nil {
 			t.Errorf("%s=%v: accepted", c.key, c.value)
 			continue
@@ -142,7 +142,7 @@ func TestRefusedOptions(t *testing.T) {
 		}
 	}
 	for _, raw := range []map[string]any{{plugin.OptionGeneric: "x"}, {plugin.OptionInternal: "yes"}} {
-		if _, err := parseNetworkOptions(raw, []string{"bridge"}); err == nil {
+		if _, err := parseNetworkOptions(raw, []string{"bridge"}, modeBridge); err == nil {
 			t.Errorf("%v: accepted", raw)
 		}
 	}
@@ -151,7 +151,7 @@ func TestRefusedOptions(t *testing.T) {
 // TestOptionOfAnotherMode: what means something in bridge mode does not in
 // another.
 func TestOptionOfAnotherMode(t *testing.T) {
-	_, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: map[string]any{"mode": "overlay", "bridge": "br0"}}, []string{"overlay", "bridge"})
+	_, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: map[string]any{"mode": "overlay", "bridge": "br0"}}, []string{"overlay", "bridge"}, modeBridge)
 	if err == nil || !strings.Contains(err.Error(), "mode overlay") || strings.Contains(err.Error(), "enable_icc") {
 		t.Errorf("got %v", err)
 	}
@@ -168,7 +168,7 @@ func FuzzNetworkOptions(f *testing.F) {
 	f.Fuzz(func(t *testing.T, key1, value1, key2, value2 string, internal bool) {
 		raw := map[string]any{plugin.OptionInternal: internal, plugin.OptionGeneric: map[string]any{key1: value1, key2: value2}}
 		backends := allBackends()
-		n, err := parseNetworkOptions(raw, []string{modeBridge, modeMacvlan, modeIPvlan})
+		n, err := parseNetworkOptions(raw, []string{modeBridge, modeMacvlan, modeIPvlan}, modeBridge)
 		if err == nil {
 			n.ID, n.MTU = net1, max(n.Options.MTU, 68)
 			n.Subnets = []Subnet{subnet("10.1.0.0/24", "10.1.0.1/24")}

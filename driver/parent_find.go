@@ -130,6 +130,9 @@ func (n *Network) identify(parent datapath.MAC) {
 // the parent (a second mode would change the first network's), and one in mode
 // passthru is alone.
 func (n Network) atOdds(o Network) error {
+	if n.VNI != 0 && n.VNI == o.VNI {
+		return fmt.Errorf("VNI %d is that of network %s: give another with -o vni=", n.VNI, short(o.ID))
+	}
 	if !n.onParent() || !o.onParent() || n.parent() != o.parent() {
 		return nil
 	}

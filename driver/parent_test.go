@@ -46,7 +46,7 @@ func (c parentCase) network(t *testing.T, d *Driver) (Network, error) {
 		k, v, _ := strings.Cut(word, "=")
 		generic[k] = strings.ReplaceAll(v, "_via_", " via ")
 	}
-	n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: generic, plugin.OptionInternal: c.internal}, d.modes())
+	n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: generic, plugin.OptionInternal: c.internal}, d.modes(), modeBridge)
 	if err != nil {
 		return n, err
 	}

@@ -33,6 +33,7 @@ func (d *Driver) Recover(ctx context.Context) error {
 	if err := d.hold(ctx); err != nil {
 		return err
 	}
+	d.shareAll()
 	_, err := d.reconcile(ctx, true)
 	if err != nil {
 		// One broken network must not keep the others from being served; the
@@ -277,6 +278,7 @@ func (p *pass) mend(ctx context.Context, have datapath.State) error {
 		d.mu.Lock()
 		w.e.gone = true
 		d.mu.Unlock()
+		d.share(w.n)
 	}
 	if len(diff.lost) > 0 {
 		diff = p.compare(have, d.wanted())

@@ -39,6 +39,11 @@ type Network struct {
 	OwnMAC datapath.MAC `json:",omitzero"`
 	Hop4   netip.Addr   `json:",omitzero"`
 	Hop6   netip.Addr   `json:",omitzero"`
+	// VNI identifies an overlay network across hosts; Port is the UDP port and
+	// Underlay the host's address that carry it between them.
+	VNI      uint32     `json:",omitempty"`
+	Port     uint16     `json:",omitempty"`
+	Underlay netip.Addr `json:",omitzero"`
 	// Pending is set until the network is made and about to be answered. One
 	// that a start finds was never known to the engine.
 	Pending bool `json:",omitempty"`
@@ -80,9 +85,11 @@ type Endpoint struct {
 	// Reach is set while the host has a route to the container and the container
 	// one back. Host are the host's addresses, and Near the subnets of its
 	// bridges, that the container was told with that.
-	Reach   bool           `json:",omitempty"`
-	Host    []netip.Addr   `json:",omitempty"`
-	Near    []netip.Prefix `json:",omitempty"`
+	Reach bool           `json:",omitempty"`
+	Host  []netip.Addr   `json:",omitempty"`
+	Near  []netip.Prefix `json:",omitempty"`
+	// Claim orders endpoints of several hosts that claim one address.
+	Claim   uint64 `json:",omitempty"`
 	Created time.Time
 }
 

@@ -37,6 +37,7 @@ type rig struct {
 	log    *logtest.Hook
 	logger *logrus.Logger
 
+	change    func(*Config)
 	nets, eps *store.Bolt
 	client    *http.Client
 	stop      func()
@@ -45,8 +46,14 @@ type rig struct {
 
 func newRig(t *testing.T) *rig {
 	t.Helper()
+	return newRigWith(t, func(*Config) {})
+}
+
+// newRigWith lets the caller change what the driver is given at each start.
+func newRigWith(t *testing.T, change func(*Config)) *rig {
+	t.Helper()
 	f := &faults{}
-	r := &rig{t: t, faults: f, kernel: newFakeKernel(f), clock: &clock{at: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}}
+	r := &rig{t: t, faults: f, change: change, kernel: newFakeKernel(f), clock: &clock{at: time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)}}
 	r.host = newFakeHost(r.kernel, 1450)
 	r.host.card(datapath.LinkFacts{Name: "eth0", Up: true, MTU: 1500, MAC: datapath.MAC{2, 0, 0, 0, 0, 1},
 		Addrs: []netip.Prefix{netip.MustParsePrefix("10.1.0.10/24"), netip.MustParsePrefix("fd00:1::10/64")}})
@@ -81,12 +88,14 @@ func openStore(t *testing.T, path string) *store.Bolt {
 
 func (r *rig) start() {
 	r.t.Helper()
-	d, err := New(Config{
+	conf := Config{
 		Networks: faultyStore{r.nets, r.faults}, Endpoints: faultyStore{r.eps, r.faults}, Kernel: r.kernel,
 		Backends: allBackends(),
 		Host:     r.host,
 		Log:      r.logger,
-	})
+	}
+	r.change(&conf)
+	d, err := New(conf)
 	if err != nil {
 		r.t.Fatal(err)
 	}
@@ -94,7 +103,7 @@ func (r *rig) start() {
 	r.d = d
 
 	m := plugin.New(plugin.Config{Log: quiet(), Timeout: 5 * time.Second})
-	m.Constant(plugin.PathNetworkCapabilities, Capabilities)
+	m.Constant(plugin.PathNetworkCapabilities, Capabilities(false))
 	d.Register(m)
 	r.lives++
 	path := filepath.Join(r.t.TempDir(), fmt.Sprintf("w%d.sock", r.lives))

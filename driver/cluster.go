@@ -1,0 +1,197 @@
+package driver
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+
+	"github.com/weftnet/weft/internal/datapath"
+)
+
+// ModeOverlay is the value of -o mode= whose networks span hosts. Its Backend is
+// not in this package.
+const ModeOverlay = "overlay"
+
+// cluster is what the driver needs of the other hosts, for networks with a VNI.
+// None of it waits for another host but Admit.
+type cluster interface {
+	admission
+	exchange
+}
+
+// admission is asked before something is made.
+type admission interface {
+	// Admit fills in VNI, Port, Underlay and MTU of a network that is about to
+	// be made, and refuses one that contradicts what other hosts have. It takes
+	// at most 2 s.
+	Admit(ctx context.Context, n *Network) error
+	// Claim is later than all claims that this host knows of.
+	Claim() uint64
+	// Holder names the other host that has the address, if one has and is heard.
+	Holder(n Network, a netip.Addr) (host string, ok bool)
+}
+
+// exchange is told what this host has, and asked for what the others have.
+type exchange interface {
+	// Publish says which endpoints this host has of a network.
+	Publish(n Network, endpoints []Endpoint)
+	// Withdraw says that this host no longer has the network.
+	Withdraw(n Network)
+	// Remote is what leads to the endpoints of the other hosts.
+	Remote(n Network) datapath.State
+}
+
+// admit asks the cluster about a network that is not there yet.
+func (d *Driver) admit(ctx context.Context, n *Network) error {
+	d.mu.Lock()
+	old := d.networks[n.ID]
+	if old == nil || old.doomed {
+		d.mu.Unlock()
+		return d.cluster.Admit(ctx, n)
+	}
+	defer d.mu.Unlock()
+	n.VNI, n.Port, n.Underlay = old.rec.VNI, old.rec.Port, old.rec.Underlay
+	if n.Options.MTU == 0 {
+		n.MTU = old.rec.MTU
+	}
+	return nil
+}
+
+// unclaimed refuses an address that a container on another host has. Swarm gives
+// an address to the next task before the node of the last has let go of it: its
+// networks let the later claim win.
+func (d *Driver) unclaimed(n Network, e Endpoint) error {
+	if n.VNI == 0 || isSwarm(n.ID) {
+		return nil
+	}
+	for _, a := range e.Addrs {
+		if host, ok := d.cluster.Holder(n, a.Addr()); ok {
+			return fmt.Errorf("address %s is in use on host %s: stop that container, or give this one another address", a.Addr(), host)
+		}
+	}
+	return nil
+}
+
+// isSwarm tells a network of a swarm by its ID: those of one engine are 64 hex
+// digits, a swarm's 25 in base 36.
+func isSwarm(networkID string) bool { return len(networkID) < 64 || !isHex(networkID) }
+
+// share tells the other hosts what this one has of a network.
+func (d *Driver) share(n *network) {
+	if n.rec.VNI == 0 {
+		return
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if n.doomed {
+		return
+	}
+	var list []Endpoint
+	for _, e := range n.endpoints {
+		if e.holds() {
+			list = append(list, e.rec)
+		}
+	}
+	d.cluster.Publish(n.rec, list)
+}
+
+// shareAll is what a start tells the others; what was known of them, whether or
+// not they can be reached now, is wanted from the first pass on.
+func (d *Driver) shareAll() {
+	d.mu.Lock()
+	list := make([]*network, 0, len(d.networks))
+	for _, n := range d.networks {
+		if n.rec.VNI != 0 && !n.doomed {
+			list = append(list, n)
+		}
+	}
+	d.mu.Unlock()
+	for _, n := range list {
+		d.share(n)
+		remote := d.cluster.Remote(n.rec)
+		d.mu.Lock()
+		n.remote = remote
+		d.mu.Unlock()
+	}
+}
+
+// spanning returns the network with the VNI, or nil, as find does.
+func (d *Driver) spanning(vni uint32) (n *network, unlock func()) {
+	d.mu.Lock()
+	id := ""
+	for _, n := range d.networks {
+		if n.rec.VNI == vni && !n.doomed {
+			id = n.rec.ID
+		}
+	}
+	d.mu.Unlock()
+	return d.find(id)
+}
+
+// Follow makes the kernel equal to what the other hosts have of a network now.
+// Nobody else calls it at the same time. What fails is done by the next pass.
+func (d *Driver) Follow(ctx context.Context, vni uint32) error {
+	n, unlock := d.spanning(vni)
+	defer unlock()
+	if n == nil {
+		return nil
+	}
+	want := d.cluster.Remote(n.rec)
+	d.mu.Lock()
+	have := n.remote
+	n.remote = want
+	d.mu.Unlock()
+	if add := want.Minus(have); !add.Empty() {
+		if _, err := d.kernel.Ensure(ctx, add); err != nil {
+			return fmt.Errorf("network %s: what leads to other hosts: %w", short(n.rec.ID), err)
+		}
+	}
+	if drop := without(have, want); !drop.Empty() {
+		if err := d.kernel.Remove(ctx, drop); err != nil {
+			return fmt.Errorf("network %s: what led to other hosts: %w", short(n.rec.ID), err)
+		}
+	}
+	return nil
+}
+
+// Rehome moves the tunnels of all networks to another address of this host.
+func (d *Driver) Rehome(ctx context.Context, underlay netip.Addr) (err error) {
+	d.mu.Lock()
+	var ids []string
+	for id, n := range d.networks {
+		if n.rec.VNI != 0 && n.rec.Underlay != underlay {
+			ids = append(ids, id)
+		}
+	}
+	d.mu.Unlock()
+	for _, id := range ids {
+		err = join(err, d.rehome(ctx, id, underlay))
+	}
+	return err
+}
+
+func (d *Driver) rehome(ctx context.Context, id string, underlay netip.Addr) error {
+	d.mu.Lock()
+	n := d.networks[id]
+	d.mu.Unlock()
+	if n == nil {
+		return nil
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	if n.doomed { // a deletion holds the lock while it sets this
+		return nil
+	}
+	rec := n.rec
+	rec.Underlay = underlay
+	if err := d.saveNetwork(ctx, n, rec); err != nil {
+		return err
+	}
+	d.mu.Lock()
+	s := d.networkState(n)
+	s.Add(n.remote)
+	d.mu.Unlock()
+	_, err := d.kernel.Ensure(ctx, s)
+	d.share(n)
+	return err
+}

@@ -1,0 +1,281 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weftnet/weft/internal/datapath"
+)
+
+// spanning is a Backend like the real one of mode overlay, which this package
+// does not know.
+type spanning struct{ Bridge }
+
+func (b spanning) Network(n Network) datapath.State {
+	s := b.Bridge.Network(n)
+	s.Bridges[0].Addrs = nil
+	s.VXLANs = []datapath.VXLAN{{Name: "wfx" + s.Bridges[0].Name[3:], Master: s.Bridges[0].Name, VNI: n.VNI, Port: n.Port, Local: n.Underlay, MTU: n.MTU}}
+	return s
+}
+
+// fakeCluster is other hosts that a test speaks for.
+type fakeCluster struct {
+	mu        sync.Mutex
+	refuse    error
+	clock     uint64
+	elsewhere map[netip.Addr]string
+	published map[uint32][]netip.Addr // nil once withdrawn
+	remote    datapath.State
+	vnis      map[string]uint32
+	nodes     []string
+}
+
+func (c *fakeCluster) Admit(_ context.Context, n *Network) error {
+	n.VNI, n.Port, n.Underlay, n.MTU = 4242, 4793, netip.MustParseAddr("192.0.2.1"), 1450
+	if n.Options.VNI != 0 {
+		n.VNI = n.Options.VNI
+	}
+	return c.refuse
+}
+
+func (c *fakeCluster) Claim() uint64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.clock++
+	return c.clock
+}
+
+func (c *fakeCluster) Holder(_ Network, a netip.Addr) (string, bool) {
+	host, ok := c.elsewhere[a]
+	return host, ok
+}
+
+func (c *fakeCluster) Publish(n Network, list []Endpoint) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	addrs := []netip.Addr{}
+	for _, e := range list {
+		addrs = append(addrs, e.addr(ipv4))
+	}
+	slices.SortFunc(addrs, netip.Addr.Compare)
+	c.published[n.VNI] = addrs
+}
+
+func (c *fakeCluster) Withdraw(n Network) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.published, n.VNI)
+}
+
+func (c *fakeCluster) Remote(Network) datapath.State {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.remote
+}
+
+func (c *fakeCluster) Allocate(_ context.Context, n Network) (uint32, string, error) {
+	if n.Options.VNI == 13 {
+		return 0, "", errors.New("VNI 13 is taken")
+	}
+	c.vnis[n.ID] = 7
+	return 7, "aa@192.0.2.1", nil
+}
+
+func (c *fakeCluster) Free(_ context.Context, id string) error {
+	delete(c.vnis, id)
+	return nil
+}
+
+func (c *fakeCluster) Discover(_ context.Context, a netip.Addr, self bool) error {
+	c.nodes = append(c.nodes, fmt.Sprint(a, self))
+	return nil
+}
+
+// newSpanningRig is a rig with mode overlay.
+func newSpanningRig(t *testing.T) (*rig, *fakeCluster) {
+	t.Helper()
+	c := &fakeCluster{elsewhere: map[netip.Addr]string{}, published: map[uint32][]netip.Addr{}, vnis: map[string]uint32{}}
+	r := newRigWith(t, func(conf *Config) {
+		conf.Backends = maps.Clone(conf.Backends)
+		conf.Backends[ModeOverlay] = spanning{}
+		conf.Cluster = c
+	})
+	return r, c
+}
+
+func (c *fakeCluster) says(t *testing.T, vni uint32, want ...string) {
+	t.Helper()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	var got []string
+	for _, a := range c.published[vni] {
+		got = append(got, a.String())
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("published of VNI %d (-want +got):\n%s", vni, d)
+	}
+}
+
+const overlayOptions = `{"mode":"overlay","vni":"4242"}`
+
+// TestShare follows what others are told through the life of two endpoints.
+func TestShare(t *testing.T) {
+	r, c := newSpanningRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	if _, ok := c.published[4242]; !ok {
+		t.Error("the network itself was not published")
+	}
+	r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
+	c.says(t, 4242, "10.1.0.2")
+	r.must("CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.3/24", ""))
+	c.says(t, 4242, "10.1.0.2", "10.1.0.3")
+	r.must("Join", joinBody(net1, ep1))
+	r.kernel.moveIn(veth1)
+	r.must("Leave", ids(net1, ep1))
+	c.says(t, 4242, "10.1.0.3")
+	r.must("DeleteEndpoint", ids(net1, ep1))
+	c.published = map[uint32][]netip.Addr{}
+	r.restart()
+	c.says(t, 4242, "10.1.0.3")
+	r.must("DeleteEndpoint", ids(net1, ep2))
+	c.says(t, 4242)
+	r.must("DeleteNetwork", fmt.Sprintf(`{"NetworkID":%q}`, net1))
+	if _, ok := c.published[4242]; ok {
+		t.Error("the network is still published")
+	}
+	r.empty()
+}
+
+// TestShareLost withdraws an endpoint whose link somebody deleted.
+func TestShareLost(t *testing.T) {
+	r, c := newSpanningRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
+	r.must("Join", joinBody(net1, ep1))
+	r.kernel.moveIn(veth1)
+	r.kernel.cut(veth1)
+	r.reconcile()
+	c.says(t, 4242)
+}
+
+func forward(mac byte, vtep string) datapath.Forward {
+	return datapath.Forward{Link: "wfx1a2b3c4d5e6f", MAC: datapath.MAC{2, 0, 0, 0, 0, mac}, VTEP: netip.MustParseAddr(vtep)}
+}
+
+// TestFollow is what leads to others, as they come, move and go.
+func TestFollow(t *testing.T) {
+	r, c := newSpanningRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	follow := func(s datapath.State) {
+		t.Helper()
+		c.mu.Lock()
+		c.remote = s
+		c.mu.Unlock()
+		if err := r.d.Follow(t.Context(), 4242); err != nil {
+			t.Fatal(err)
+		}
+		have := r.kernel.owned()
+		if d := cmp.Diff(s.String(), datapath.State{Forwards: have.Forwards, Neighbours: have.Neighbours}.String()); d != "" {
+			t.Errorf("in the kernel (-want +got):\n%s", d)
+		}
+		r.idle()
+	}
+	neighbour := datapath.Neighbour{Link: "wfb1a2b3c4d5e6f", Addr: netip.MustParseAddr("10.1.0.9"), MAC: datapath.MAC{2, 0, 0, 0, 0, 1}}
+	follow(datapath.State{Forwards: []datapath.Forward{forward(1, "192.0.2.2")}, Neighbours: []datapath.Neighbour{neighbour}})
+	follow(datapath.State{Forwards: []datapath.Forward{forward(1, "192.0.2.3"), forward(2, "192.0.2.3")}, Neighbours: []datapath.Neighbour{neighbour}})
+	follow(datapath.State{Forwards: []datapath.Forward{forward(2, "192.0.2.3")}})
+	r.restart() // what was known is wanted from the start: the traffic goes on
+	if n := len(r.kernel.owned().Forwards); n != 1 {
+		t.Errorf("%d forwarding entries after a restart, want 1", n)
+	}
+	follow(datapath.State{})
+	if err := r.d.Follow(t.Context(), 99); err != nil {
+		t.Error("a network that is not here:", err)
+	}
+}
+
+// TestRehome is the host's address changing under its tunnels.
+func TestRehome(t *testing.T) {
+	r, c := newSpanningRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	c.remote = datapath.State{Forwards: []datapath.Forward{forward(1, "192.0.2.2")}}
+	if err := r.d.Follow(t.Context(), 4242); err != nil {
+		t.Fatal(err)
+	}
+	other := netip.MustParseAddr("192.0.2.77")
+	if err := r.d.Rehome(t.Context(), other); err != nil {
+		t.Fatal(err)
+	}
+	if have := r.kernel.owned(); have.VXLANs[0].Local != other || len(have.Forwards) != 1 {
+		t.Errorf("after the move:\n%s", have)
+	}
+	r.idle()
+}
+
+func TestAdmit(t *testing.T) {
+	r, c := newSpanningRig(t)
+	c.refuse = errors.New("host other has it with subnet 10.2.0.0/24")
+	r.refused("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions), "host other", "10.2.0.0/24")
+	r.empty()
+	c.refuse = nil
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	r.refused("CreateNetwork", createNetwork(net2, "10.2.0.0/24", overlayOptions), "VNI 4242", net1[:12])
+	c.refuse = errors.New("not asked about what is there")
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	r.refused("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"overlay","vni":"5"}`), "other settings")
+}
+
+// TestClaimed refuses an address that another host has given out, and grants it
+// in a swarm.
+func TestClaimed(t *testing.T) {
+	r, c := newSpanningRig(t)
+	c.elsewhere[netip.MustParseAddr("10.1.0.2")] = "other"
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	r.refused("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""), "10.1.0.2", "host other")
+	r.must("CreateNetwork", createNetwork(swm1, "10.2.0.0/24", `{"mode":"overlay","vni":"5"}`))
+	c.elsewhere[netip.MustParseAddr("10.2.0.2")] = "other"
+	r.must("CreateEndpoint", createEndpoint(swm1, ep2, "10.2.0.2/24", ""))
+	if e := r.d.networks[swm1].endpoints[ep2]; e.rec.Claim == 0 {
+		t.Error("an endpoint without a claim")
+	}
+}
+
+// TestSwarmScope is the leader's part.
+func TestSwarmScope(t *testing.T) {
+	c := &fakeCluster{elsewhere: map[netip.Addr]string{}, published: map[uint32][]netip.Addr{}, vnis: map[string]uint32{}}
+	r := newRigWith(t, func(conf *Config) {
+		conf.Backends = maps.Clone(conf.Backends)
+		conf.Backends[ModeOverlay] = spanning{}
+		conf.Cluster, conf.Swarm = c, c
+	})
+	body := `{"NetworkID":%q,"Options":%s,"IPv4Data":[{"AddressSpace":"","Pool":"10.1.0.0/24","Gateway":"10.1.0.1/24"}],"IPv6Data":null}`
+	got := r.must("AllocateNetwork", fmt.Sprintf(body, swm1, `{"mtu":"1400"}`))
+	if want := `{"Options":{"mode":"overlay","mtu":"1400","vni":"7","weft.join":"aa@192.0.2.1"}}`; got != want {
+		t.Errorf("answer %s, want %s", got, want)
+	}
+	r.must("AllocateNetwork", fmt.Sprintf(body, swm1, `{"mode":"overlay","mtu":"1400","vni":"7","weft.join":"aa@192.0.2.1"}`))
+	r.refused("AllocateNetwork", fmt.Sprintf(body, swm1, `{"vni":"13"}`), "VNI 13")
+	r.refused("AllocateNetwork", fmt.Sprintf(body, swm1, `{"mode":"macvlan"}`), "macvlan", "--config-from")
+	r.refused("AllocateNetwork", fmt.Sprintf(body, swm1, `{"vnni":"13"}`), "vni")
+	r.refused("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"bridge"}`), "bridge", "--config-from")
+	r.must("FreeNetwork", fmt.Sprintf(`{"NetworkID":%q}`, swm1))
+	r.must("FreeNetwork", fmt.Sprintf(`{"NetworkID":%q}`, swm1))
+	if len(c.vnis) != 0 {
+		t.Errorf("still allocated: %v", c.vnis)
+	}
+	r.must("DiscoverNew", `{"DiscoveryType":1,"DiscoveryData":{"Address":"192.0.2.1","BindAddress":"192.0.2.1","Self":true}}`)
+	r.must("DiscoverNew", `{"DiscoveryType":1,"DiscoveryData":{"Address":"192.0.2.2","BindAddress":"","Self":false}}`)
+	r.must("DiscoverNew", `{"DiscoveryType":2,"DiscoveryData":{}}`)
+	if got := strings.Join(c.nodes, ", "); got != "192.0.2.1 true, 192.0.2.2 false" {
+		t.Errorf("nodes %s", got)
+	}
+}
