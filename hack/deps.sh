@@ -19,3 +19,7 @@ fi
 export DEBIAN_FRONTEND=noninteractive
 apt-get update -q
 apt-get install -q -y --no-install-recommends "${missing[@]}"
+# Its package has etcd start at the next boot.
+if [[ " ${missing[*]} " == *" etcd-server "* && -d /run/systemd/system ]]; then
+	systemctl disable -q etcd
+fi

@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -15,13 +16,22 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// PathStatus answers with what the status function returns.
-const PathStatus = "/v1/status"
+// The paths. PathStatus is read; what is sent to another is carried out.
+const (
+	PathStatus = "/v1/status"
+	PathSecret = "/v1/secret"
+)
+
+// Call answers a request with a value, or an error in one line. The body is
+// empty for what is only read.
+type Call func(ctx context.Context, body []byte) (any, error)
 
 const (
 	timeout = 10 * time.Second // for one request
 	grace   = 2 * time.Second  // for requests in flight at a stop
 	maxBody = 64 << 20         // of an answer; an endpoint takes less than 1 KiB
+	// maxRequest bounds what is sent to us.
+	maxRequest = 64 << 10
 )
 
 // failure is the body of every answer that is not a success.
@@ -29,23 +39,35 @@ type failure struct {
 	Error string
 }
 
-// Serve answers on l until ctx ends, then closes l and returns nil.
-func Serve(ctx context.Context, l net.Listener, status func(context.Context) (any, error), log logrus.FieldLogger) error {
+// Serve answers calls on l until ctx ends, then closes l and returns nil. Each
+// is at a path; PathStatus is read, the others are sent something.
+func Serve(ctx context.Context, l net.Listener, calls map[string]Call, log logrus.FieldLogger) error {
 	mux := http.NewServeMux()
-	mux.HandleFunc(PathStatus, func(w http.ResponseWriter, r *http.Request) {
-		if r.Method != http.MethodGet {
-			answer(w, log, http.StatusMethodNotAllowed, failure{"the status can only be read, with GET"})
-			return
+	for path, call := range calls {
+		method := http.MethodPost
+		if path == PathStatus {
+			method = http.MethodGet
 		}
-		ctx, cancel := context.WithTimeout(r.Context(), timeout)
-		defer cancel()
-		v, err := status(ctx)
-		if err != nil {
-			answer(w, log, http.StatusInternalServerError, failure{err.Error()})
-			return
-		}
-		answer(w, log, http.StatusOK, v)
-	})
+		mux.HandleFunc(path, func(w http.ResponseWriter, r *http.Request) {
+			if r.Method != method {
+				answer(w, log, http.StatusMethodNotAllowed, failure{fmt.Sprintf("%s takes %s only", path, method)})
+				return
+			}
+			ctx, cancel := context.WithTimeout(r.Context(), timeout)
+			defer cancel()
+			body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxRequest))
+			if err != nil {
+				answer(w, log, http.StatusBadRequest, failure{err.Error()})
+				return
+			}
+			v, err := call(ctx, body)
+			if err != nil {
+				answer(w, log, http.StatusInternalServerError, failure{err.Error()})
+				return
+			}
+			answer(w, log, http.StatusOK, v)
+		})
+	}
 	mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
 		answer(w, log, http.StatusNotFound, failure{"there is nothing at " + r.URL.Path})
 	})
@@ -91,13 +113,26 @@ func answer(w http.ResponseWriter, log logrus.FieldLogger, code int, v any) {
 
 // Get decodes what the plugin that listens on socket answers at path.
 func Get(ctx context.Context, socket, path string, into any) error {
+	return ask(ctx, socket, http.MethodGet, path, nil, into)
+}
+
+// Post sends v to path.
+func Post(ctx context.Context, socket, path string, v any) error {
+	body, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("ask %s: encode: %w", socket, err)
+	}
+	return ask(ctx, socket, http.MethodPost, path, bytes.NewReader(body), new(json.RawMessage))
+}
+
+func ask(ctx context.Context, socket, method, path string, send io.Reader, into any) error {
 	transport := &http.Transport{
 		DisableKeepAlives: true,
 		DialContext:       func(ctx context.Context, _, _ string) (net.Conn, error) { return dial(ctx, socket) },
 	}
 	ctx, cancel := context.WithTimeout(ctx, 2*timeout)
 	defer cancel()
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://weft"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://weft"+path, send)
 	if err != nil {
 		return fmt.Errorf("ask %s: %w", socket, err)
 	}

@@ -3,6 +3,7 @@ package admin_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -32,7 +33,17 @@ func serve(t *testing.T, status func(context.Context) (any, error)) (socket stri
 	log.SetOutput(io.Discard)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- admin.Serve(ctx, l, status, log) }()
+	go func() {
+		done <- admin.Serve(ctx, l, map[string]admin.Call{
+			admin.PathStatus: func(ctx context.Context, _ []byte) (any, error) { return status(ctx) },
+			admin.PathSecret: func(_ context.Context, body []byte) (any, error) {
+				if string(body) != `"please"` {
+					return nil, fmt.Errorf("%s is not please", body)
+				}
+				return struct{}{}, nil
+			},
+		}, log)
+	}()
 	stop = func() error {
 		cancel()
 		select {
@@ -61,6 +72,24 @@ func TestStatus(t *testing.T) {
 		if strings.Join(got.Networks, " ") != "n1 n2" {
 			t.Errorf("got %v", got)
 		}
+	}
+}
+
+func TestPost(t *testing.T) {
+	socket, _ := serve(t, func(context.Context) (any, error) { return nil, nil })
+	if err := admin.Post(t.Context(), socket, admin.PathSecret, "please"); err != nil {
+		t.Error(err)
+	}
+	for path, part := range map[string]string{admin.PathSecret: "is not please", admin.PathStatus: "takes GET only"} {
+		if err := admin.Post(t.Context(), socket, path, "now"); err == nil || !strings.Contains(err.Error(), part) {
+			t.Errorf("%s: %v, want %q", path, err, part)
+		}
+	}
+	if err := admin.Get(t.Context(), socket, admin.PathSecret, new(any)); err == nil || !strings.Contains(err.Error(), "takes POST only") {
+		t.Error(err)
+	}
+	if err := admin.Post(t.Context(), socket, admin.PathSecret, strings.Repeat("x", 1<<17)); err == nil || !strings.Contains(err.Error(), "too large") {
+		t.Error(err)
 	}
 }
 
