@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/weftnet/weft/internal/datapath"
 )
@@ -104,15 +105,12 @@ func (p Part) fits(o Part) error {
 }
 
 func join(list []netip.Prefix) string {
-	text := ""
-	for i, p := range list {
-		if i > 0 {
-			text += ", "
-		}
-		text += p.String()
-	}
-	if text == "" {
+	if len(list) == 0 {
 		return "none"
 	}
-	return text
+	var text []string
+	for _, p := range list {
+		text = append(text, p.String())
+	}
+	return strings.Join(text, ", ")
 }

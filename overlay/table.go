@@ -354,6 +354,21 @@ func (t *Table) partsOf(id string) []Part {
 	return nil
 }
 
+// networks are those that a host has, of those that this one has.
+func (t *Table) networks(id string) map[uint32]bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	list := map[uint32]bool{}
+	if h := t.hosts[id]; h != nil {
+		for vni, p := range h.parts {
+			if !p.Gone {
+				list[vni] = true
+			}
+		}
+	}
+	return list
+}
+
 // knows reports whether anything is known of a host.
 func (t *Table) knows(id string) bool {
 	t.mu.Lock()
@@ -361,14 +376,19 @@ func (t *Table) knows(id string) bool {
 	return t.hosts[id] != nil
 }
 
-// silentParts are the parts of a network whose hosts are not heard.
-func (t *Table) silentParts(vni uint32) []Known {
+// silentParts are the parts of networks whose hosts are not heard.
+func (t *Table) silentParts(vnis []uint32) []Known {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	var list []Known
 	for _, h := range t.hosts {
-		if p, ok := h.parts[vni]; ok && !h.silent.IsZero() {
-			list = append(list, Known{Part: p, Silent: h.quiet(t.now())})
+		if h.silent.IsZero() {
+			continue
+		}
+		for _, vni := range vnis {
+			if p, ok := h.parts[vni]; ok {
+				list = append(list, Known{Part: p, Silent: h.quiet(t.now())})
+			}
 		}
 	}
 	return list
@@ -471,6 +491,22 @@ func contend[K interface {
 	if win.part.Host != lose.part.Host && !win.silent && !lose.silent {
 		v.Conflicts = append(v.Conflicts, fmt.Sprintf("%s is claimed by host %s and by host %s; the later claim, that of %s, has it", key, old.name, c.name, win.name))
 	}
+}
+
+// Addresses are all addresses of a network and where they are, those of this
+// host among them.
+func (t *Table) Addresses(vni uint32) map[netip.Addr]datapath.MAC {
+	all := t.View(vni).Neighbours
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, e := range t.own[vni].part.Endpoints {
+		for _, a := range e.Addrs {
+			if _, elsewhere := all[a]; !elsewhere {
+				all[a] = e.MAC
+			}
+		}
+	}
+	return all
 }
 
 // Holder is the host, heard, that has an address of a network, if another than
