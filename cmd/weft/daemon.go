@@ -18,6 +18,7 @@ import (
 	"github.com/weftnet/weft/internal/plugin"
 	"github.com/weftnet/weft/internal/store"
 	"github.com/weftnet/weft/ipam"
+	"github.com/weftnet/weft/overlay"
 )
 
 // mostWait bounds the pause between two attempts to recover.
@@ -40,11 +41,13 @@ type parts struct {
 	kernel    *datapath.Kernel
 	driver    *driver.Driver
 	ipam      *ipam.IPAM
+	cluster   *overlay.Cluster
+	shared    *store.Etcd // nil without STORE
 }
 
 func newDaemon(s settings, log *logrus.Logger) *daemon {
 	d := &daemon{settings: s, log: log, mux: plugin.New(plugin.Config{Log: log})}
-	d.mux.Constant(plugin.PathNetworkCapabilities, driver.Capabilities)
+	d.mux.Constant(plugin.PathNetworkCapabilities, driver.Capabilities(s.scope == scopeGlobal))
 	d.mux.Constant(plugin.PathIpamCapabilities, ipam.Capabilities)
 	d.mux.Constant(plugin.PathAddressSpaces, ipam.Spaces)
 	return d
@@ -78,6 +81,7 @@ func (d *daemon) run(ctx context.Context) {
 	g.Go(func() error { return d.parts.driver.Announce(ctx) })
 	g.Go(func() error { return d.parts.driver.Sweep(ctx) })
 	g.Go(func() error { return d.parts.ipam.Run(ctx) })
+	g.Go(func() error { return d.parts.cluster.Run(ctx, d.parts.driver) })
 	if err := g.Wait(); err != nil {
 		d.log.WithError(err).Error("repair has ended")
 	}
@@ -130,13 +134,26 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if p.kernel, err = datapath.New(datapath.Config{Log: log}); err != nil {
 		return p, err
 	}
-	p.driver, err = driver.New(driver.Config{
-		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, Host: p.kernel, Log: log,
+	if s.store.Endpoints != "" {
+		s.store.Log = log
+		if p.shared, err = store.OpenEtcd(s.store); err != nil {
+			return p, fmt.Errorf("setting STORE: %w", err)
+		}
+	}
+	if p.cluster, err = newCluster(ctx, s, p, log); err != nil {
+		return p, err
+	}
+	c := driver.Config{
+		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, Host: p.kernel, Cluster: p.cluster, Log: log,
 		Backends: map[string]driver.Backend{
 			"bridge": driver.Bridge{}, "macvlan": driver.Parent{Kind: "macvlan"}, "ipvlan": driver.Parent{Kind: "ipvlan"},
+			driver.ModeOverlay: overlay.Backend{},
 		},
-	})
-	if err != nil {
+	}
+	if s.scope == scopeGlobal {
+		c.Swarm = p.cluster
+	}
+	if p.driver, err = driver.New(c); err != nil {
 		return p, err
 	}
 	p.ipam, err = ipam.New(ipam.Config{
@@ -157,6 +174,9 @@ func (p *parts) close() error {
 	if p.kernel != nil {
 		p.kernel.Close()
 	}
+	if p.shared != nil {
+		errs = append(errs, p.shared.Close())
+	}
 	for _, s := range []*store.Bolt{p.run, p.weft} {
 		if s != nil {
 			errs = append(errs, s.Close())
@@ -176,13 +196,14 @@ func (d *daemon) close() {
 }
 
 // status is the answer to `weft status`.
-func (d *daemon) status(ctx context.Context) (any, error) {
+func (d *daemon) status(ctx context.Context, _ []byte) (any, error) {
 	d.mu.Lock()
 	p, err := d.parts, d.err
 	d.mu.Unlock()
 	doc := document{Version: version, Commit: commit, Phase: recovering}
 	doc.Networks, doc.Endpoints, doc.Drift.Repaired = []driver.NetworkStatus{}, []driver.EndpointStatus{}, []string{}
 	doc.Pools = []ipam.PoolStatus{}
+	doc.Cluster = overlay.Status{Peers: []overlay.Peer{}, Conflicts: []string{}}
 	switch {
 	case p == nil && err != nil:
 		doc.Phase, doc.Error = failed, err.Error()
@@ -192,6 +213,7 @@ func (d *daemon) status(ctx context.Context) (any, error) {
 			return nil, err
 		}
 		doc.Pools = p.ipam.Status(ctx).Pools
+		doc.Cluster = p.cluster.Status()
 	}
 	return doc, nil
 }

@@ -10,6 +10,7 @@ import (
 
 	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/ipam"
+	"github.com/weftnet/weft/overlay"
 )
 
 // The phases of a plugin's process.
@@ -27,7 +28,8 @@ type document struct {
 	Phase   string `json:"phase"`
 	Error   string `json:"error,omitempty"` // why it failed
 	driver.Status
-	Pools []ipam.PoolStatus `json:"pools"`
+	Pools   []ipam.PoolStatus `json:"pools"`
+	Cluster overlay.Status    `json:"cluster"`
 }
 
 // print writes the sections asked for, or all of them, for people.
@@ -50,9 +52,9 @@ func (d document) print(w io.Writer, words []string) error {
 		name string
 		rows [][]string
 	}{
-		{"networks", d.networks()}, {"endpoints", d.endpoints()}, {"pools", d.pools()},
+		{"networks", d.networks()}, {"endpoints", d.endpoints()}, {"pools", d.pools()}, {"peers", d.peers()},
 	} {
-		if !all && !slices.Contains(words, section.name) {
+		if !all && !slices.Contains(words, section.name) || all && section.name == "peers" && len(section.rows) == 1 {
 			continue
 		}
 		if all {
@@ -125,6 +127,28 @@ func (d document) pools() [][]string {
 	rows := [][]string{{"POOL", "SPACE", "RANGE", "GATEWAY", "USED", "SIZE"}}
 	for _, p := range d.Pools {
 		rows = append(rows, []string{p.Pool, p.Space, orDash(p.SubPool), orDash(p.Gateway), fmt.Sprint(p.Used), p.Size})
+	}
+	return rows
+}
+
+func (d document) peers() [][]string {
+	rows := [][]string{{"PEER", "ADDRESS", "STATE", "NETWORKS"}}
+	for _, p := range d.Cluster.Peers {
+		state, address := "heard", "-"
+		if !p.Silent.IsZero() {
+			state = "silent since " + p.Silent.UTC().Format(time.RFC3339)
+		}
+		if p.VTEP.IsValid() {
+			address = p.VTEP.String()
+		}
+		var vnis []string
+		for _, v := range p.Networks {
+			vnis = append(vnis, fmt.Sprint(v))
+		}
+		rows = append(rows, []string{orDash(p.Name), address, state, list(vnis)})
+	}
+	for _, line := range d.Cluster.Conflicts {
+		rows = append(rows, []string{"! " + line})
 	}
 	return rows
 }

@@ -23,7 +23,8 @@ var (
 const usage = `usage: weft COMMAND [FLAGS]
 
   serve     answer the engine: the plugin itself
-  status    show networks, endpoints and pools: status [networks|endpoints|pools]
+  status    show networks, endpoints and pools: status [networks|endpoints|pools|peers]
+  secret    exchange the cluster's password: secret add|use|remove, the password on standard input
   version   show what this is
 
 weft COMMAND -h lists the flags.
@@ -44,11 +45,12 @@ func main() {
 		fmt.Fprintln(os.Stderr, "weft: cut off while stopping")
 		os.Exit(1)
 	})
-	os.Exit(run(ctx, os.Args[1:], program{out: os.Stdout, err: os.Stderr, env: os.Getenv, dataRoot: "/var/lib/docker"}))
+	os.Exit(run(ctx, os.Args[1:], program{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.Getenv, dataRoot: "/var/lib/docker"}))
 }
 
 // program is what a command has of the process around it.
 type program struct {
+	in       io.Reader
 	out, err io.Writer
 	env      func(string) string
 	dataRoot string // of the engine, where a managed plugin's state is looked for
@@ -66,6 +68,8 @@ func run(ctx context.Context, args []string, p program) int {
 		err = p.serve(ctx, args[1:])
 	case "status":
 		err = p.status(ctx, args[1:])
+	case "secret":
+		err = p.secret(ctx, args[1:])
 	case "version":
 		err = p.version(args[1:])
 	case "help", "-h", "-help", "--help":

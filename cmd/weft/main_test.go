@@ -19,6 +19,7 @@ import (
 	"github.com/weftnet/weft/internal/admin"
 	"github.com/weftnet/weft/internal/plugin"
 	"github.com/weftnet/weft/ipam"
+	"github.com/weftnet/weft/overlay"
 )
 
 // weft runs the command in this process.
@@ -42,9 +43,11 @@ func TestArguments(t *testing.T) {
 		{"version --json", 0, `{"Version":"dev","Commit":"unknown","Go":"go1`, ""},
 		{"version now", 2, "", `no argument "now"`},
 		{"version --yaml", 2, "", "yaml"},
-		{"status peers", 2, "", "choose from networks, endpoints, pools"},
+		{"status neighbours", 2, "", "choose from networks, endpoints, pools, peers"},
 		{"status -h", 0, "", "-socket"},
 		{"serve -h", 0, "", "-pools"},
+		{"secret change", 2, "", "add, use, remove"},
+		{"serve -scope all", 2, "", "SCOPE"},
 		{"serve now", 2, "", `no argument "now"`},
 	} {
 		code, out, errs := weft(t, t.TempDir(), strings.Fields(c.args)...)
@@ -66,7 +69,7 @@ func answers(t *testing.T, socket string, doc document) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() {
-		done <- admin.Serve(ctx, l, func(context.Context) (any, error) { return doc, nil }, log)
+		done <- admin.Serve(ctx, l, map[string]admin.Call{admin.PathStatus: func(context.Context, []byte) (any, error) { return doc, nil }}, log)
 	}()
 	t.Cleanup(func() {
 		cancel()
@@ -101,6 +104,30 @@ func example() document {
 			{ID: "x", Space: "weft-local", Pool: "10.1.0.0/24", SubPool: "10.1.0.128/25", Gateway: "10.1.0.1", Used: 2, Size: "254"},
 			{ID: "y", Space: "weft-local", Pool: "fd00::/64", Used: 1, Size: "18446744073709551615"},
 		},
+	}
+}
+
+// TestStatusPeers shows other hosts, and what is wrong between them.
+func TestStatusPeers(t *testing.T) {
+	doc := example()
+	doc.Cluster = overlay.Status{
+		Peers: []overlay.Peer{
+			{Name: "one", VTEP: netip.MustParseAddr("192.0.2.1"), Networks: []uint32{7, 42}},
+			{Name: "two", Silent: time.Date(2026, 11, 20, 12, 0, 0, 0, time.UTC)},
+		},
+		Conflicts: []string{"10.1.0.2 is claimed twice"},
+	}
+	var out strings.Builder
+	if err := doc.print(&out, []string{"peers"}); err != nil {
+		t.Fatal(err)
+	}
+	const want = `PEER  ADDRESS    STATE                              NETWORKS
+one   192.0.2.1  heard                              7,42
+two   -          silent since 2026-11-20T12:00:00Z  -
+! 10.1.0.2 is claimed twice
+`
+	if out.String() != want {
+		t.Errorf("got\n%swant\n%s", &out, want)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"github.com/weftnet/weft/internal/admin"
 	"github.com/weftnet/weft/internal/plugin"
+	"github.com/weftnet/weft/internal/store"
 )
 
 const (
@@ -21,8 +22,10 @@ const (
 
 // settings are what `weft serve` can be told.
 type settings struct {
-	logLevel, pools string
-	state, socket   string
+	logLevel, pools, scope                     string
+	peers, secret, underlay, grace, gossipPort string
+	store                                      store.EtcdConfig // none without Endpoints
+	state, socket                              string
 }
 
 // serve is the plugin's process. It returns when ctx ends, or before it has
@@ -32,6 +35,18 @@ func (p program) serve(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("weft serve", flag.ContinueOnError)
 	fs.StringVar(&s.logLevel, "log-level", p.env("LOG_LEVEL"), "panic, fatal, error, warn, info, debug or trace (LOG_LEVEL; default info)")
 	fs.StringVar(&s.pools, "pools", p.env("POOLS"), "where automatic subnets come from: cidr:size,... (POOLS; default: private ranges that the host does not use)")
+	fs.StringVar(&s.scope, "scope", p.env("SCOPE"), "local, or global for networks of a whole swarm (SCOPE; default local)")
+	fs.StringVar(&s.peers, "peers", p.env("PEERS"), "other hosts of the cluster: host[:port],... (PEERS)")
+	fs.StringVar(&s.underlay, "underlay", p.env("UNDERLAY"), "interface or address that carries traffic between hosts (UNDERLAY; default: that of the default route)")
+	fs.StringVar(&s.grace, "grace", p.env("GRACE"), "how long what leads to a silent host stays (GRACE; default 10m)")
+	fs.StringVar(&s.gossipPort, "gossip-port", p.env("GOSSIP_PORT"), "port, TCP and UDP, on which hosts tell each other what they have (GOSSIP_PORT; default 7947)")
+	fs.StringVar(&s.store.Endpoints, "store", p.env("STORE"), "etcd://host:2379,... puts what hosts share into etcd, etcds:// with TLS (STORE; default: files of this host, and PEERS)")
+	fs.StringVar(&s.store.CA, "store-ca", p.env("STORE_CA"), "file with the certificates that etcd's is checked against (STORE_CA)")
+	fs.StringVar(&s.store.Cert, "store-cert", p.env("STORE_CERT"), "file with this host's certificate for etcd (STORE_CERT)")
+	fs.StringVar(&s.store.Key, "store-key", p.env("STORE_KEY"), "file with its key (STORE_KEY)")
+	fs.StringVar(&s.store.User, "store-user", p.env("STORE_USER"), "user of etcd (STORE_USER)")
+	s.store.Password = p.env("STORE_PASSWORD")
+	s.secret = p.env("SECRET") // no flag: everybody on the host can read a command line
 	fs.StringVar(&s.state, "state", defaultState, "directory of the databases and of the socket for weft status")
 	fs.StringVar(&s.socket, "socket", defaultSocket, "socket on which the engine finds the plugin")
 	words, err := p.parse(fs, args)
@@ -40,6 +55,12 @@ func (p program) serve(ctx context.Context, args []string) error {
 	}
 	if len(words) > 0 {
 		return p.wrong("serve takes no argument %q", words[0])
+	}
+	if s.scope == "" {
+		s.scope = scopeLocal
+	}
+	if s.scope != scopeLocal && s.scope != scopeGlobal {
+		return p.wrong("setting SCOPE: %q is not %s or %s", s.scope, scopeLocal, scopeGlobal)
 	}
 	log := p.logger(s.logLevel)
 	l, err := plugin.Listen(s.socket)
@@ -77,13 +98,13 @@ func (p program) logger(level string) *logrus.Logger {
 	return log
 }
 
-// serveAdmin answers `weft status`. Networks work without it, so an error is
+// serveAdmin answers the other commands. Networks work without it, so an error is
 // only logged.
 func (d *daemon) serveAdmin(ctx context.Context) {
 	path := filepath.Join(d.settings.state, adminSocket)
 	l, err := plugin.Listen(path)
 	if err == nil {
-		err = admin.Serve(ctx, l, d.status, d.log)
+		err = admin.Serve(ctx, l, map[string]admin.Call{admin.PathStatus: d.status, admin.PathSecret: d.secret}, d.log)
 	}
 	if err != nil {
 		d.log.WithError(fmt.Errorf("serve status: %w", err)).Error("weft status will not work")

@@ -15,7 +15,7 @@ import (
 )
 
 // sections are the words that `weft status` takes.
-var sections = []string{"networks", "endpoints", "pools"}
+var sections = []string{"networks", "endpoints", "pools", "peers"}
 
 // status shows what one or more plugins on this host say.
 func (p program) status(ctx context.Context, args []string) error {

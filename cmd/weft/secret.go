@@ -1,0 +1,63 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"github.com/weftnet/weft/internal/admin"
+	"github.com/weftnet/weft/overlay"
+)
+
+// secretRequest is what `weft secret` sends.
+type secretRequest struct{ Step, Password string }
+
+// secret exchanges the cluster's password while everything runs, in three steps
+// that are each done on all hosts before the next.
+func (p program) secret(ctx context.Context, args []string) error {
+	steps := []string{overlay.SecretAdd, overlay.SecretUse, overlay.SecretRemove}
+	fs := flag.NewFlagSet("weft secret", flag.ContinueOnError)
+	socket := fs.String("socket", "", "socket of the plugin; looked for when not given")
+	state := fs.String("state", defaultState, "directory where a plugin keeps its state")
+	words, err := p.parse(fs, args)
+	if err != nil {
+		return err
+	}
+	if len(words) != 1 || !slices.Contains(steps, words[0]) {
+		return p.wrong("secret takes one of %s, and the password on standard input", strings.Join(steps, ", "))
+	}
+	password, err := io.ReadAll(io.LimitReader(p.in, 4096))
+	if err != nil {
+		return fmt.Errorf("read the password: %w", err)
+	}
+	sockets := []string{*socket}
+	if *socket == "" {
+		if sockets, err = p.find(*state); err != nil {
+			return err
+		}
+	}
+	if len(sockets) > 1 {
+		return fmt.Errorf("there are several plugins: choose one with --socket: %s", strings.Join(sockets, ", "))
+	}
+	return admin.Post(ctx, sockets[0], admin.PathSecret, secretRequest{words[0], strings.TrimRight(string(password), "\r\n")})
+}
+
+// secret carries it out.
+func (d *daemon) secret(ctx context.Context, body []byte) (any, error) {
+	var req secretRequest
+	if err := json.Unmarshal(body, &req); err != nil {
+		return nil, fmt.Errorf("decode: %w", err)
+	}
+	d.mu.Lock()
+	p := d.parts
+	d.mu.Unlock()
+	if p == nil {
+		return nil, errors.New("the plugin has not recovered yet")
+	}
+	return struct{}{}, p.cluster.Secret(ctx, req.Step, req.Password)
+}
