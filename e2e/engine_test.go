@@ -248,11 +248,11 @@ func (e *engine) enter(pid string, args ...string) *exec.Cmd {
 }
 
 // installPlugin creates and enables build/plugin as a managed plugin.
-func (e *engine) installPlugin(tb testing.TB) {
+func (e *engine) installPlugin(tb testing.TB, settings ...string) {
 	tb.Helper()
 	needPlugin(tb)
 	e.must(tb, "plugin", "create", pluginName, suite.bundle)
-	e.must(tb, "plugin", "set", pluginName, "LOG_LEVEL=debug")
+	e.must(tb, append([]string{"plugin", "set", pluginName, "LOG_LEVEL=debug"}, settings...)...)
 	e.must(tb, "plugin", "enable", pluginName)
 }
 

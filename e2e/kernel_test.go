@@ -261,8 +261,11 @@ func (e *engine) disagreements(tb testing.TB) []string {
 	bridges := map[string]string{}
 	for _, n := range s.Networks {
 		want[n.Link] = ""
-		if n.Mode == "bridge" { // on a parent the links are in the containers
+		if n.Mode == "bridge" || n.Mode == "overlay" { // on a parent the links are in the containers
 			bridges[n.ID] = n.Link
+		}
+		if n.Mode == "overlay" {
+			want["wfx"+strings.TrimPrefix(n.Link, "wfb")] = n.Link
 		}
 		// The host's own sub-interface is there from the first need on.
 		if own := "wfs" + n.ID[:12]; have[own].Name != "" {
