@@ -112,16 +112,17 @@ func newSpanningRig(t *testing.T) (*rig, *fakeCluster) {
 	return r, c
 }
 
-func (c *fakeCluster) says(t *testing.T, vni uint32, want ...string) {
+// says is what was published of VNI 4242.
+func (c *fakeCluster) says(t *testing.T, want ...string) {
 	t.Helper()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	var got []string
-	for _, a := range c.published[vni] {
+	for _, a := range c.published[4242] {
 		got = append(got, a.String())
 	}
 	if d := cmp.Diff(want, got); d != "" {
-		t.Errorf("published of VNI %d (-want +got):\n%s", vni, d)
+		t.Errorf("published (-want +got):\n%s", d)
 	}
 }
 
@@ -135,19 +136,19 @@ func TestShare(t *testing.T) {
 		t.Error("the network itself was not published")
 	}
 	r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
-	c.says(t, 4242, "10.1.0.2")
+	c.says(t, "10.1.0.2")
 	r.must("CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.3/24", ""))
-	c.says(t, 4242, "10.1.0.2", "10.1.0.3")
+	c.says(t, "10.1.0.2", "10.1.0.3")
 	r.must("Join", joinBody(net1, ep1))
 	r.kernel.moveIn(veth1)
 	r.must("Leave", ids(net1, ep1))
-	c.says(t, 4242, "10.1.0.3")
+	c.says(t, "10.1.0.3")
 	r.must("DeleteEndpoint", ids(net1, ep1))
 	c.published = map[uint32][]netip.Addr{}
 	r.restart()
-	c.says(t, 4242, "10.1.0.3")
+	c.says(t, "10.1.0.3")
 	r.must("DeleteEndpoint", ids(net1, ep2))
-	c.says(t, 4242)
+	c.says(t)
 	r.must("DeleteNetwork", fmt.Sprintf(`{"NetworkID":%q}`, net1))
 	if _, ok := c.published[4242]; ok {
 		t.Error("the network is still published")
@@ -159,12 +160,12 @@ func TestShare(t *testing.T) {
 func TestShareLost(t *testing.T) {
 	r, c := newSpanningRig(t)
 	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
-	r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
-	r.must("Join", joinBody(net1, ep1))
-	r.kernel.moveIn(veth1)
-	r.kernel.cut(veth1)
+	r.must("CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.2/24", ""))
+	r.must("Join", joinBody(net1, ep2))
+	r.kernel.moveIn(hostEnd(ep2))
+	r.kernel.cut(hostEnd(ep2))
 	r.reconcile()
-	c.says(t, 4242)
+	c.says(t)
 }
 
 func forward(mac byte, vtep string) datapath.Forward {
