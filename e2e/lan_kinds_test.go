@@ -44,7 +44,7 @@ func needKind(t *testing.T, m *machine, kind string) {
 // TestLANParityKinds asks about what not every kernel has.
 func TestLANParityKinds(t *testing.T) {
 	t.Parallel()
-	parity(t, newEngine(t, nil), slices.Concat(ipvlanTable(), layer3Table(), vlanTable(), nowhereTable()))
+	parity(t, newEngine(t, nil), slices.Concat(ipvlanTable(), layer3Table(), vlanTable(), nowhereTable(), routerTable("ipvlan")))
 }
 
 func ipvlanTable() []group {

@@ -71,7 +71,7 @@ func (w *world) learnHop() {
 // TestLANParity asks the built-in macvlan driver and ours the same questions.
 func TestLANParity(t *testing.T) {
 	t.Parallel()
-	parity(t, newEngine(t, nil), slices.Concat(lanReachTable(), lanModeTable(), lanOptionTable(), lanAddressTable()))
+	parity(t, newEngine(t, nil), slices.Concat(lanReachTable(), lanModeTable(), lanOptionTable(), lanAddressTable(), routerTable("macvlan")))
 }
 
 // pair starts the two containers that most groups have.
@@ -415,11 +415,13 @@ func lanOptionTable() []group {
 	}
 }
 
-// beyond makes an address behind the client, which is the router.
+// beyond makes an address of each family behind the client, which is the router.
 func (w *world) beyond() {
 	w.Helper()
-	w.e.lan.client.net(w, "ip", "addr", "replace", "192.0.2.1/32", "dev", "lo")
-	w.learn("beyond", "192.0.2.1")
+	for symbol, a := range map[string]string{"beyond": "192.0.2.1", "beyond6": "2001:db8:9::1"} {
+		w.e.lan.client.net(w, "ip", "addr", "replace", a, "dev", "lo")
+		w.learn(symbol, a)
+	}
 }
 
 // lanAddressTable is about what the user asks for by number, and about

@@ -2,8 +2,8 @@
 
 // Command probe is what the end-to-end tests run inside containers, hosts and
 // clients: a server that answers with the address that it saw, a dialer that
-// says in one word what happened, a printer of interface facts, and the first
-// process of a machine.
+// says in one word what happened, a router that advertises itself, a printer of
+// interface facts, and the first process of a machine.
 package main
 
 import (
@@ -24,7 +24,7 @@ func main() {
 
 func run(args []string, out io.Writer) error {
 	if len(args) == 0 {
-		return errors.New("usage: probe init|serve|dial|stream|send|facts|free")
+		return errors.New("usage: probe init|serve|dial|stream|send|advertise|facts|free")
 	}
 	switch cmd, args := args[0], args[1:]; cmd {
 	case "init":
@@ -37,6 +37,8 @@ func run(args []string, out io.Writer) error {
 		return stream(args, out)
 	case "send":
 		return send(args, out)
+	case "advertise":
+		return advertise(args)
 	case "free":
 		return free(args, out)
 	case "facts":
