@@ -46,7 +46,8 @@ func (h *etcdHost) open(t *testing.T, endpoints string) {
 	if h.store, err = store.OpenEtcd(store.EtcdConfig{Endpoints: endpoints, Log: log.WithField("on", h.id)}); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = h.store.Close() })
+	opened := h.store // it may be opened again
+	t.Cleanup(func() { _ = opened.Close() })
 	h.engine = NewEtcd(EtcdConfig{Store: h.store, Table: h.table, Name: "name-" + h.id, Log: log.WithField("on", h.id)})
 }
 
