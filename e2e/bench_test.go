@@ -75,6 +75,7 @@ func (e *engine) compareConnect(b *testing.B) {
 		b.ReportMetric(float64(pair[n].Microseconds())/1000, n+"-ms")
 	}
 	b.ReportMetric(pair["ours"].Seconds()/pair["theirs"].Seconds(), "ours/builtin")
+	b.ReportMetric(median(connect["ours"]).Seconds()/median(connect["theirs"]).Seconds(), "connect-ours/builtin")
 	e.removeAll(b)
 	e.checkClean(b)
 }
