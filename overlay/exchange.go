@@ -201,7 +201,7 @@ func (g *Gossip) release(id string) {
 // not seem to reach it; mu is held.
 func (g *Gossip) compose(id string, p *peer, own []own, now time.Time) (m message, stuck bool) {
 	p.dirty, p.next = false, now.Add(time.Minute)
-	m.From = g.id
+	m.From, m.At = g.id, g.bind
 	try := func(d *delivery) {
 		d.try(now)
 		stuck = stuck || d.stuck()
@@ -296,8 +296,12 @@ func (g *Gossip) receive(m message) {
 		}
 	}
 	p := g.peers[m.From]
-	if p == nil || len(p.nodes) == 0 || g.ended {
-		return // it says it again to whoever it takes for a member
+	if p == nil || len(p.nodes) == 0 {
+		// It takes this host for a member, and is none itself: news of it was
+		// lost, which happens to one in some hundred pairs when all start at
+		// once, or it stood still for a while. It says it again.
+		g.meet(m.At)
+		return
 	}
 	p.dirty = true
 	for _, k := range m.Parts {

@@ -97,6 +97,7 @@ type Gossip struct {
 	said      map[string]time.Time // when a line that is not repeated was logged
 	news      []string             // to be logged when no lock is held
 	seeds     map[string]*seed
+	strangers map[netip.AddrPort]time.Time // who is no member and talks to us; when it was last tried
 }
 
 // question is a call of Ask.
@@ -127,7 +128,7 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 		table: c.Table, id: c.ID, name: c.Name, bind: netip.AddrPortFrom(c.Bind, c.Port), store: c.Store, log: c.Log,
 		listen: listen, wake: make(chan struct{}, 1), more: make(chan struct{}, 1),
 		peers: map[string]*peer{}, twins: map[string]twin{}, questions: map[*question]bool{},
-		said: map[string]time.Time{}, seeds: map[string]*seed{},
+		said: map[string]time.Time{}, seeds: map[string]*seed{}, strangers: map[netip.AddrPort]time.Time{},
 	}
 	if b := (delegate{g}).NodeMeta(0); len(b) > memberlist.MetaMaxSize {
 		return nil, fmt.Errorf("host name %q is too long", c.Name)
@@ -202,15 +203,20 @@ func (g *Gossip) create(ctx context.Context) (*memberlist.Memberlist, error) {
 	c.EnableCompression = false // it allocates 64 kB for each packet, to save little of ours
 	c.Delegate, c.Events = delegate{g}, delegate{g}
 	c.LogOutput = lines{g}
-	// Whoever is silent has to show within 10 s. In a cluster of n hosts it is
-	// probed about once in each interval, whatever n is, and suspected after
-	// one or, if the prober is not well either, two more. It then has
-	// 3 * log10(n) intervals to object, twice that where nobody confirms the
-	// suspicion: 1.5 to 3 s for up to 10 hosts, 3.5 to 7 s for 200. That
-	// somebody is silent for no reason has no consequence for containers.
-	c.ProbeInterval, c.ProbeTimeout = 500*time.Millisecond, 200*time.Millisecond
+	// Its news reach most members but not surely all; more repetitions, and the
+	// exchange of everything, see to the rest. With more than 32 hosts memberlist
+	// makes the exchange rarer itself.
+	c.RetransmitMult, c.PushPullInterval = 6, 15*time.Second
+	// Whoever is silent has to show within 10 s, and none of that is to be given
+	// away, or a busy host is taken for silent. In a cluster of n hosts each is
+	// probed about once in an interval, whatever n is, and suspected after one
+	// or, if the prober is not well either, two more. It then has 4 * log10(n)
+	// intervals to object, up to twice that until two others confirm the
+	// suspicion: 2.4 s for up to 10 hosts, 5.5 s for 200. That somebody is silent
+	// for no reason has no consequence for containers.
+	c.ProbeInterval, c.ProbeTimeout = 600*time.Millisecond, 300*time.Millisecond
 	c.AwarenessMaxMultiplier = 2
-	c.SuspicionMult, c.SuspicionMaxTimeoutMult = 3, 2
+	c.SuspicionMult, c.SuspicionMaxTimeoutMult = 4, 2
 	list, err := memberlist.Create(c)
 	if err != nil {
 		_ = t.Shutdown()

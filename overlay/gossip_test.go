@@ -924,6 +924,26 @@ func TestGossipLateAddress(t *testing.T) {
 	}
 }
 
+// TestGossipStranger: memberlist's news of a host were lost, but it talks.
+func TestGossipStranger(t *testing.T) {
+	t.Parallel()
+	w := newWires()
+	x, y := w.run(t, w.host(0)), w.run(t, w.host(1))
+	within(t, 5*time.Second, "joined", func() bool {
+		x.receive(message{From: y.id, At: y.bind, Query: 1})
+		x.receive(message{From: "id-9", At: netip.AddrPortFrom(w.addr(), GossipPort), Query: 1}) // nobody is there
+		return x.members() == 1 && y.members() == 1
+	})
+	for range 2 * mostPeers {
+		x.receive(message{From: "id-9", At: netip.AddrPortFrom(w.addr(), GossipPort)})
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if n := len(x.strangers); n > mostPeers {
+		t.Errorf("%d strangers", n)
+	}
+}
+
 // mirror is a host in a process of its own. What it sees on VNI 1 at endpoint n
 // it has at n + 5000.
 func mirror() {

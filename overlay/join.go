@@ -77,6 +77,18 @@ func (g *Gossip) AddPeers(addrs ...string) {
 	wake(g.more)
 }
 
+// meet has a host tried that talks to this one, but not more often than others;
+// mu is held.
+func (g *Gossip) meet(a netip.AddrPort) {
+	if g.ended || !a.IsValid() || a.Addr().IsUnspecified() || a.Addr().IsMulticast() || len(g.strangers) >= mostPeers {
+		return
+	}
+	if _, ok := g.strangers[a]; !ok {
+		g.strangers[a] = time.Time{}
+		wake(g.more)
+	}
+}
+
 // stayJoined tries hosts that are not members but could be: those that were
 // named, and those that were there once. After a partition that is what makes
 // one cluster of two, as memberlist forgets who is dead.
@@ -116,6 +128,7 @@ func (g *Gossip) joinSome(ctx context.Context, list *memberlist.Memberlist, host
 		try = slices.DeleteFunc(try, func(netip.AddrPort) bool { return rand.IntN(len(there)) >= mostJoins })
 	}
 	rand.Shuffle(len(try), func(i, j int) { try[i], try[j] = try[j], try[i] })
+	try = slices.Concat(g.unmet(there), try)
 	var wg sync.WaitGroup
 	for _, a := range try[:min(len(try), mostJoins)] {
 		wg.Go(func() { _, _ = list.Join([]string{a.String()}) }) // memberlist logs why not
@@ -124,6 +137,23 @@ func (g *Gossip) joinSome(ctx context.Context, list *memberlist.Memberlist, host
 	if alone && len(try) > 0 && len(g.there()) == 1 && ctx.Err() == nil && g.once("alone") {
 		g.log.Warnf("no other host answers at port %d, tcp and udp; trying on", g.bind.Port())
 	}
+}
+
+// unmet are those who talk to this host and were not tried just now.
+func (g *Gossip) unmet(there map[netip.AddrPort]bool) []netip.AddrPort {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	var list []netip.AddrPort
+	for a, tried := range g.strangers {
+		switch {
+		case there[a], !tried.IsZero() && time.Since(tried) > joinPause:
+			delete(g.strangers, a) // it is met again if it goes on talking
+		case tried.IsZero() && len(list) < mostJoins:
+			g.strangers[a] = time.Now()
+			list = append(list, a)
+		}
+	}
+	return list
 }
 
 // there are the addresses of all members, and of this host.

@@ -51,7 +51,7 @@ func (g delegate) GetBroadcasts(_, _ int) [][]byte { return nil }
 
 // LocalState is part of memberlist.Delegate.
 func (g delegate) LocalState(bool) []byte {
-	m := message{From: g.id, Parts: g.table.Known()}
+	m := message{From: g.id, At: g.bind, Parts: g.table.Known()}
 	b := m.encode()
 	if len(b) > mostState {
 		own := func(k Known) bool { return k.Part.Host != g.id }

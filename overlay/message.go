@@ -12,8 +12,9 @@ import (
 
 // message is what one host says to another in one go. Any field may be empty.
 type message struct {
-	From  string // the sender's host ID
-	Query uint64 // when not 0: what does the receiver have of VNIs?
+	From  string         // the sender's host ID
+	At    netip.AddrPort // where it can be joined
+	Query uint64         // when not 0: what does the receiver have of VNIs?
 	// Hello says that VNIs are all networks of a sender that may have forgotten
 	// what it knew of the receiver, or the receiver of it.
 	Hello  bool
@@ -45,6 +46,7 @@ var errWire = errors.New("message of another version")
 func (m message) encode() []byte {
 	b := append(make([]byte, 0, 256), wireVersion)
 	b = appendText(b, m.From)
+	b = binary.BigEndian.AppendUint16(appendAddr(b, m.At.Addr()), m.At.Port())
 	b = binary.BigEndian.AppendUint64(b, m.Query)
 	b = appendBool(b, m.Hello)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(m.VNIs)))
@@ -122,7 +124,7 @@ func decode(b []byte) (message, error) {
 		return message{}, fmt.Errorf("%w, %d", errWire, b[0])
 	}
 	r := &reader{rest: b[1:]}
-	m := message{From: r.text(), Query: r.uint64(), Hello: r.bool()}
+	m := message{From: r.text(), At: netip.AddrPortFrom(r.addr(), r.uint16()), Query: r.uint64(), Hello: r.bool()}
 	for n := r.uint16(); n > 0 && !r.short; n-- {
 		m.VNIs = append(m.VNIs, r.uint32())
 	}

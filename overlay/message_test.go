@@ -16,7 +16,7 @@ func someMessage() message {
 	p.Version, p.VTEP = 9, six
 	p.Subnets = append(p.Subnets, netip.MustParsePrefix("fd00::/64"))
 	return message{
-		From: "b", Query: 1, Hello: true, VNIs: []uint32{1, maxVNI}, Answer: 3, Acks: []ack{{5, 6}},
+		From: "b", At: netip.AddrPortFrom(six, GossipPort), Query: 1, Hello: true, VNIs: []uint32{1, maxVNI}, Answer: 3, Acks: []ack{{5, 6}},
 		Parts: []Known{{Part: p}, {Part: Part{Host: "c", Name: "host-2", VNI: 1, Version: 4, Gone: true}, Silent: time.Hour}},
 	}
 }

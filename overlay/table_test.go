@@ -19,7 +19,7 @@ import (
 
 const testGrace = 10 * time.Minute
 
-var ips = cmpopts.EquateComparable(netip.Addr{}, netip.Prefix{})
+var ips = cmpopts.EquateComparable(netip.Addr{}, netip.AddrPort{}, netip.Prefix{})
 
 // clock is a host's, which is put forward and back.
 type clock struct{ t time.Time }
