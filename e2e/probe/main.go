@@ -24,7 +24,7 @@ func main() {
 
 func run(args []string, out io.Writer) error {
 	if len(args) == 0 {
-		return errors.New("usage: probe init|serve|dial|stream|send|advertise|facts|free")
+		return errors.New("usage: probe init|serve|dial|stream|send|carry|ping|beat|hear|shout|advertise|facts|free")
 	}
 	switch cmd, args := args[0], args[1:]; cmd {
 	case "init":
@@ -39,6 +39,16 @@ func run(args []string, out io.Writer) error {
 		return send(args, out)
 	case "advertise":
 		return advertise(args)
+	case "carry":
+		return carry(args)
+	case "ping":
+		return ping(args, out)
+	case "beat":
+		return beat(args, out)
+	case "hear":
+		return hear(args, out)
+	case "shout":
+		return shout(args)
 	case "free":
 		return free(args, out)
 	case "facts":

@@ -101,8 +101,14 @@ func serveTCP(l net.Listener) error {
 			defer func() { _ = c.Close() }() // nothing is lost with it
 			r := bufio.NewScanner(c)
 			for r.Scan() {
-				if r.Text() == "sink" {
-					_, _ = io.Copy(sink{}, c) // until the client has had enough
+				switch r.Text() { // until the client has had enough
+				case "sink":
+					_, _ = io.Copy(sink{}, c)
+					return
+				case "back":
+					// Not before this answer does the client send what r would take.
+					_, _ = c.Write([]byte("\n"))
+					_, _ = io.Copy(c, c)
 					return
 				}
 				if _, err := c.Write(reply(c.RemoteAddr())); err != nil {
@@ -295,6 +301,8 @@ func word(err error) string {
 		return "refused"
 	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.EADDRNOTAVAIL):
 		return "unreachable"
+	case errors.Is(err, syscall.EMSGSIZE):
+		return "too long"
 	case errors.Is(err, syscall.EADDRINUSE):
 		return "in use"
 	case errors.Is(err, io.EOF), errors.Is(err, syscall.ECONNRESET):
