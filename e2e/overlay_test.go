@@ -108,6 +108,7 @@ func TestOverlayPeers(t *testing.T) {
 		e.run(t, containers[i], "--network", "blue", "--hostname", e.name)
 	}
 	all.reach(t, "blue", containers)
+	all.agree(t, "blue")
 	for _, e := range all {
 		e.checkAgrees(t)
 	}
@@ -147,6 +148,7 @@ func TestOverlaySwarm(t *testing.T) {
 	for i := range all {
 		all[1].dials(t, "attached", tasks[i].addr, all[i].name)
 	}
+	all.agree(t, "green")
 	for _, name := range []string{"web", "tasks.web", "attached"} {
 		eventually(t, 10*time.Second, "by the name "+name, func() error {
 			c, err := all[2].in(tasks[2].container, "/probe", "dial", "-timeout", "2s", "tcp", name+":80")
