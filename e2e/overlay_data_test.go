@@ -96,14 +96,18 @@ func (b box) start(tb testing.TB, args ...string) *talker {
 		tb.Fatal(err)
 	}
 	t := &talker{cmd: c}
-	c.Stdout, c.Stderr = &t.out, &t.err
+	c.Stdout, c.Stderr, c.WaitDelay = &t.out, &t.err, 5*time.Second
 	if t.in, err = c.StdinPipe(); err != nil {
 		tb.Fatal(err)
 	}
 	if err := c.Start(); err != nil {
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() { end(c) })
+	tb.Cleanup(func() {
+		// What is to be ended is a child of nsenter, and may be left to itself.
+		_ = t.in.Close()
+		end(c)
+	})
 	return t
 }
 
