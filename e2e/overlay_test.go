@@ -111,6 +111,11 @@ func TestOverlayPeers(t *testing.T) {
 	all.agree(t, "blue")
 	for _, e := range all {
 		e.checkAgrees(t)
+		for l := range strings.Lines(e.net(t, "conntrack", "-L")) {
+			if strings.Contains(l, "src=10.44.") || strings.Contains(l, "dport=4793") {
+				t.Errorf("%s tracks what it only switches: %s", e.name, l)
+			}
+		}
 	}
 	for i, e := range slices.Backward(all) {
 		e.must(t, "rm", "-f", containers[i])

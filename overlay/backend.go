@@ -36,7 +36,9 @@ func (b Backend) Network(n driver.Network) datapath.State {
 	br.MAC, br.NoSnooping = hashMAC(fmt.Sprintf("gateway of VNI %d", n.VNI)), true
 	if n.Options.Egress != driver.EgressDriver {
 		br.Addrs = nil
+		s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetSwitched, Link: br.Name})
 	}
+	s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetTunnels, Port: n.Port})
 	s.VXLANs = []datapath.VXLAN{{
 		Name: tunnel(br.Name), Master: br.Name, VNI: n.VNI, Port: n.Port, Local: n.Underlay, MTU: n.MTU,
 		MAC: hashMAC(fmt.Sprintf("tunnel of VNI %d at %s", n.VNI, n.Underlay)),

@@ -110,6 +110,7 @@ func chains(t *nftables.Table) []*nftables.Chain {
 	cs := []*nftables.Chain{
 		base("raw_prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw),
 		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest),
+		base("raw_output", nftables.ChainTypeFilter, nftables.ChainHookOutput, *nftables.ChainPriorityRaw),
 		base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, *nftables.ChainPriorityNATDest),
 		base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter-1),
 		// Before those of others: see keepSource.
@@ -125,15 +126,22 @@ var families = []bool{false, true} // is it IPv6?
 
 // prerouting: what comes in, and what the host itself sends.
 func prerouting() []rule {
-	var rs []rule
+	rs := []rule{
+		// What is only switched from port to port is no connection of the host's:
+		// with br_netfilter each frame between two containers of a cluster would
+		// be tracked on both hosts, inside and outside of the tunnel.
+		in("raw_prerouting", isIn("switched", iif), untracked(), verdict(expr.VerdictAccept)),
+		in("raw_prerouting", isByte(l4proto, unix.IPPROTO_UDP), isIn("tunnels", dport), untracked(), verdict(expr.VerdictAccept)),
+		in("raw_output", isByte(l4proto, unix.IPPROTO_UDP), isIn("tunnels", dport), untracked()),
+	}
 	// Our bridges have route_localnet on, so that 127.0.0.1:port leads into a
 	// container. Containers must not use that to reach the host's loopback.
 	rs = append(rs,
-		in("raw_prerouting", isIn("bridges", iif), loopback(16), drop()),
-		in("raw_prerouting", isIn("bridges", iif), loopback(12), drop()),
+		in("raw_prerouting", loopback(16), isIn("bridges", iif), drop()),
+		in("raw_prerouting", loopback(12), isIn("bridges", iif), drop()),
 		// The same on the host's own sub-interfaces, which the LAN sends to as well.
-		in("raw_prerouting", isIn("own", iif), loopback(16), drop()),
-		in("raw_prerouting", isIn("own", iif), loopback(12), drop()),
+		in("raw_prerouting", loopback(16), isIn("own", iif), drop()),
+		in("raw_prerouting", loopback(12), isIn("own", iif), drop()),
 		// A bridge that does not pass to itself has isolated ports (ICC off).
 		// With br_netfilter a translated packet for the same bridge would go
 		// from one isolated port straight to another and be dropped there; the
@@ -412,6 +420,9 @@ func setMark() []expr.Any {
 }
 
 func verdict(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }
+
+// untracked keeps the packet out of connection tracking.
+func untracked() []expr.Any { return []expr.Any{&expr.Notrack{}} }
 
 func drop() []expr.Any { return verdict(expr.VerdictDrop) }
 

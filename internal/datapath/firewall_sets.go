@@ -55,6 +55,8 @@ func setDefs() []setDef {
 		{set: SetPass, key: []field{fieldLink, fieldOut}},
 		{set: SetInternal, key: []field{fieldLink}},
 		{set: SetOwn, key: []field{fieldLink}},
+		{set: SetSwitched, key: []field{fieldLink}},
+		{set: SetTunnels, key: []field{fieldPort}},
 		{set: setUplinks, key: []field{fieldLink}},
 		{set: setGuard, key: []field{fieldFamily}},
 	}
@@ -99,7 +101,7 @@ func (d setDef) name() string {
 // perFamily reports whether the set has a twin of the other family.
 func (d setDef) perFamily() bool {
 	switch d.set {
-	case SetBridges, SetPass, SetInternal, SetOwn, setUplinks, setGuard:
+	case SetBridges, SetPass, SetInternal, SetOwn, SetSwitched, SetTunnels, setUplinks, setGuard:
 		return false
 	default:
 		return true

@@ -202,6 +202,8 @@ const (
 	SetHome       Set = "home"       // Net, Link: subnet and its bridge that is not ours; what leaves by it keeps its source address
 	SetPublished  Set = "published"  // Net (host address, or 0.0.0.0/0, ::/0 for all), Proto, Port, To, ToPort
 	SetAttached   Set = "attached"   // Link, Net (host): an endpoint on a bridge that is not ours, or reached by the host's own sub-interface
+	SetSwitched   Set = "switched"   // Link: a bridge that the host neither routes nor has an address on; its frames are not tracked
+	SetTunnels    Set = "tunnels"    // Port: UDP port of tunnels, whose packets are not tracked
 	SetOwn        Set = "own"        // Link: the host's own sub-interface
 	SetAccess     Set = "access"     // Link, Net (host): an endpoint that may open connections to containers on bridges of ours; Link is where it comes in
 	SetNear       Set = "near"       // Net, To: subnet of the host's bridges and endpoint that knows the way back to it; the source address is kept
