@@ -70,7 +70,7 @@ func (all members) moves(t *testing.T) {
 	peer.e.must(t, "rm", "-f", peer.name)
 }
 
-// ip runs the host's ip in the network of the container.
+// ip is busybox's, in the container.
 func (b box) ip(args ...string) (string, error) {
 	c, err := b.e.in(b.name, append([]string{"/bin/busybox", "ip"}, args...)...)
 	if err != nil {
