@@ -105,13 +105,19 @@ func (all members) egress(t *testing.T) {
 		for _, e := range all[:2] {
 			e.must(t, e.overlayArgs(name, 47, append(args, "-o", "vni=4700")...)...)
 			b := box{e: e, name: name + "-" + e.name}
-			e.run(t, b.name, "--network", name)
+			e.run(t, b.name, "--network", name, "-p", "8082:80")
 			b.addrs = e.addresses(t, b.name, name)
 			list = append(list, b)
 			v4, v6 := e.hostAddrs()
 			for _, to := range []string{client4, "[" + client6 + "]", v4, "[" + v6 + "]"} {
 				if got := b.asks("tcp", to+":7000"); got != "unreachable" {
 					t.Errorf("%s: %s from %s: %q, want unreachable", strings.Join(args, " "), to, e.name, got)
+				}
+			}
+			for _, to := range []string{v4, "[" + v6 + "]"} {
+				out, err := output(client.inNet(suite.probe, "dial", "-timeout", "1s", "tcp", to+":8082"))
+				if err != nil || !strings.Contains(out, `"err"`) {
+					t.Errorf("%s: published on %s, from the LAN: %s %v, want no answer", strings.Join(args, " "), e.name, out, err)
 				}
 			}
 			if ifs := b.facts(t); len(ifs) != 1 || strings.Contains(fmt.Sprint(ifs[0].Routes), "default") {
