@@ -20,12 +20,16 @@ type Status struct {
 
 // NetworkStatus is one network.
 type NetworkStatus struct {
-	ID        string         `json:"id"`
-	Mode      string         `json:"mode"`
-	Link      string         `json:"link,omitempty"` // its bridge or parent
-	Internal  bool           `json:"internal"`
-	Egress    Egress         `json:"egress"`
-	MTU       int            `json:"mtu"`
+	ID       string `json:"id"`
+	Mode     string `json:"mode"`
+	Link     string `json:"link,omitempty"` // its bridge or parent
+	Internal bool   `json:"internal"`
+	Egress   Egress `json:"egress"`
+	MTU      int    `json:"mtu"`
+	// VNI, Port and Underlay are those of an overlay network.
+	VNI       uint32         `json:"vni,omitempty"`
+	Port      uint16         `json:"port,omitempty"`
+	Underlay  netip.Addr     `json:"underlay,omitzero"`
 	Subnets   []SubnetStatus `json:"subnets"`
 	Endpoints int            `json:"endpoints"`
 	Created   time.Time      `json:"created"`
@@ -102,7 +106,7 @@ func (d *Driver) Status(context.Context) (Status, error) {
 func (n *network) status() NetworkStatus {
 	s := NetworkStatus{
 		ID: n.rec.ID, Mode: n.rec.Mode, Internal: n.rec.Internal, Egress: n.rec.Options.Egress, MTU: n.rec.MTU,
-		Subnets: []SubnetStatus{}, Created: n.rec.Created,
+		VNI: n.rec.VNI, Port: n.rec.Port, Underlay: n.rec.Underlay, Subnets: []SubnetStatus{}, Created: n.rec.Created,
 	}
 	for _, sub := range n.rec.Subnets {
 		ss := SubnetStatus{Pool: sub.Pool}

@@ -84,15 +84,19 @@ func table(w io.Writer, rows [][]string) error {
 }
 
 func (d document) networks() [][]string {
-	rows := [][]string{{"NETWORK", "MODE", "LINK", "SUBNETS", "GATEWAYS", "MTU", "EGRESS", "INTERNAL", "ENDPOINTS"}}
+	rows := [][]string{{"NETWORK", "MODE", "VNI", "LINK", "SUBNETS", "GATEWAYS", "MTU", "EGRESS", "INTERNAL", "ENDPOINTS"}}
 	for _, n := range d.Networks {
+		vni := "-"
+		if n.VNI != 0 {
+			vni = fmt.Sprint(n.VNI)
+		}
 		var pools, gateways []string
 		for _, s := range n.Subnets {
 			pools = append(pools, s.Pool.String())
 			gateways = append(gateways, orDash(s.Gateway))
 		}
 		rows = append(rows, []string{
-			short(n.ID), n.Mode, orDash(n.Link), list(pools), list(gateways), fmt.Sprint(n.MTU), string(n.Egress), yesNo(n.Internal), fmt.Sprint(n.Endpoints),
+			short(n.ID), n.Mode, vni, orDash(n.Link), list(pools), list(gateways), fmt.Sprint(n.MTU), string(n.Egress), yesNo(n.Internal), fmt.Sprint(n.Endpoints),
 		})
 	}
 	return rows

@@ -131,8 +131,8 @@ two   -          silent since 2026-11-20T12:00:00Z  -
 	}
 }
 
-const wantNetworks = `NETWORK       MODE    LINK          SUBNETS                GATEWAYS    MTU   EGRESS  INTERNAL  ENDPOINTS
-abababababab  bridge  wfababababab  10.1.0.0/24,fd00::/64  10.1.0.1,-  1500  driver  no        1
+const wantNetworks = `NETWORK       MODE    VNI  LINK          SUBNETS                GATEWAYS    MTU   EGRESS  INTERNAL  ENDPOINTS
+abababababab  bridge  -    wfababababab  10.1.0.0/24,fd00::/64  10.1.0.1,-  1500  driver  no        1
 `
 
 const wantEndpoints = `ENDPOINT      NETWORK       ADDRESSES         MAC                LINK  STATE  PORTS
