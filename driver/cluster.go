@@ -43,6 +43,9 @@ type exchange interface {
 
 // admit asks the cluster about a network that is not there yet.
 func (d *Driver) admit(ctx context.Context, n *Network) error {
+	// Who is there is not a setting of the network: the next leader of a swarm
+	// says it in another way.
+	defer func() { n.Options.Join = "" }()
 	d.mu.Lock()
 	old := d.networks[n.ID]
 	if old == nil || old.doomed {

@@ -231,6 +231,8 @@ func TestAdmit(t *testing.T) {
 	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
 	r.refused("CreateNetwork", createNetwork(net2, "10.2.0.0/24", overlayOptions), "VNI 4242", net1[:12])
 	c.refuse = errors.New("not asked about what is there")
+	// Another leader of a swarm names other hosts.
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"overlay","vni":"4242","weft.join":"@192.0.2.9"}`))
 	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
 	r.refused("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"overlay","vni":"5"}`), "other settings")
 }
