@@ -30,13 +30,18 @@ func (f Forward) Key() Forward {
 	return Forward{Link: f.Link, MAC: f.MAC}
 }
 
+// ntfSticky is NTF_STICKY of linux/neighbour.h, since Linux 4.20.
+const ntfSticky = 1 << 6
+
 // neigh is both entries in one message, of which the kernel serves the bridge's
 // first. NUD_NOARP is what the bridge calls static, where
 // NUD_PERMANENT would be an address of this host; the device wants to see one of
-// NUD_PERMANENT and NUD_REACHABLE, and lets no entry with NUD_NOARP age.
+// NUD_PERMANENT and NUD_REACHABLE, and lets no entry with NUD_NOARP age. Only
+// one that is sticky stays where it is when a port sends with its MAC: a container
+// here may have the same.
 func (f Forward) neigh(index int) neigh {
 	n := neigh{family: unix.AF_BRIDGE, index: index, mac: f.MAC, dst: f.VTEP,
-		state: unix.NUD_NOARP | unix.NUD_REACHABLE, flags: unix.NTF_SELF | unix.NTF_MASTER}
+		state: unix.NUD_NOARP | unix.NUD_REACHABLE, flags: unix.NTF_SELF | unix.NTF_MASTER | ntfSticky}
 	if f.MAC == (MAC{}) {
 		n.state, n.flags = unix.NUD_PERMANENT, unix.NTF_SELF
 	}
@@ -136,7 +141,7 @@ func ensureEntries[T entry[T]](ctx context.Context, l *links, list []T, read fun
 	}
 	made, err = setEntries(ctx, l, list, func(x T) *nl.NetlinkRequest {
 		n := x.neigh(index)
-		n.flags &^= unix.NTF_MASTER
+		n.flags &^= unix.NTF_MASTER | ntfSticky
 		return n.request(unix.RTM_NEWNEIGH, unix.NLM_F_CREATE|unix.NLM_F_EXCL)
 	})
 	if err != nil {
@@ -147,7 +152,7 @@ func ensureEntries[T entry[T]](ctx context.Context, l *links, list []T, read fun
 	ported := filter(made, func(x T) bool { return x.neigh(index).flags&unix.NTF_MASTER != 0 })
 	_, err = setEntries(ctx, l, ported, func(x T) *nl.NetlinkRequest {
 		n := x.neigh(index)
-		n.flags = unix.NTF_MASTER
+		n.flags = unix.NTF_MASTER | ntfSticky
 		return n.request(unix.RTM_NEWNEIGH, x.replace())
 	})
 	if err != nil || len(made) == len(list) {
