@@ -24,7 +24,7 @@ func main() {
 
 func run(args []string, out io.Writer) error {
 	if len(args) == 0 {
-		return errors.New("usage: probe init|serve|dial|stream|send|carry|ping|beat|hear|shout|advertise|facts|free")
+		return errors.New("usage: probe init|serve|dial|stream|flow|send|carry|ping|beat|hear|shout|advertise|facts|free")
 	}
 	switch cmd, args := args[0], args[1:]; cmd {
 	case "init":
@@ -35,6 +35,8 @@ func run(args []string, out io.Writer) error {
 		return dial(args, out)
 	case "stream":
 		return stream(args, out)
+	case "flow":
+		return flow(args, out)
 	case "send":
 		return send(args, out)
 	case "advertise":

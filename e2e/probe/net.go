@@ -4,6 +4,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,7 +15,9 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -79,6 +82,9 @@ func persist[T any](listen func() (T, error)) (T, error) {
 	}
 }
 
+// who is the question that a server answers.
+const who = "who\n"
+
 func reply(src net.Addr) []byte {
 	name, _ := os.Hostname()
 	a := answer{Name: name, Src: src.String()}
@@ -140,11 +146,15 @@ func (sink) ReadFrom(r io.Reader) (total int64, err error) {
 func serveUDP(c net.PacketConn) error {
 	buf := make([]byte, 2048)
 	for {
-		_, from, err := c.ReadFrom(buf)
+		n, from, err := c.ReadFrom(buf)
 		if err != nil {
 			return err
 		}
-		if _, err := c.WriteTo(reply(from), from); err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
+		b := buf[:n]
+		if bytes.Equal(b, []byte(who)) {
+			b = reply(from)
+		} // else it is of a flow, whose numbers come back as they are
+		if _, err := c.WriteTo(b, from); err != nil && !errors.Is(err, syscall.ECONNREFUSED) {
 			return err
 		}
 	}
@@ -186,7 +196,7 @@ func exchange(proto, addr string, timeout time.Duration) (answer, error) {
 	if err := c.SetDeadline(end); err != nil {
 		return a, err
 	}
-	if _, err := io.WriteString(c, "who\n"); err != nil {
+	if _, err := io.WriteString(c, who); err != nil {
 		return a, err
 	}
 	line, err := bufio.NewReader(c).ReadBytes('\n')
@@ -225,7 +235,7 @@ func stream(args []string, out io.Writer) error {
 		if err := c.SetDeadline(start.Add(5 * time.Second)); err != nil {
 			return err
 		}
-		if _, err := io.WriteString(c, "who\n"); err != nil {
+		if _, err := io.WriteString(c, who); err != nil {
 			return fmt.Errorf("after %d answers: %w", answers, err)
 		}
 		if _, err := r.ReadBytes('\n'); err != nil {
@@ -234,6 +244,73 @@ func stream(args []string, out io.Writer) error {
 		longest = max(longest, time.Since(start))
 		time.Sleep(5 * time.Millisecond)
 	}
+}
+
+// flow sends a numbered datagram every 20 ms, which comes back, until stdin ends.
+// It prints how many were sent, how many of them never came back, and the longest
+// run of those in milliseconds.
+func flow(args []string, out io.Writer) error {
+	if len(args) != 1 {
+		return errors.New("usage: probe flow address:port")
+	}
+	c, err := net.Dial("udp", args[0])
+	if err != nil {
+		return err
+	}
+	defer func() { _ = c.Close() }() // nothing is lost with it
+	stop := make(chan struct{})
+	go func() {
+		defer close(stop)
+		_, _ = io.Copy(io.Discard, os.Stdin)
+	}()
+	const pace = 20 * time.Millisecond
+	var mu sync.Mutex
+	var back []bool
+	go func() {
+		buf := make([]byte, 64)
+		for {
+			n, err := c.Read(buf)
+			if errors.Is(err, net.ErrClosed) {
+				return
+			}
+			// Errors are what routers and the other host say of one datagram.
+			if i, err := strconv.Atoi(string(buf[:n])); err == nil {
+				mu.Lock()
+				if i < len(back) {
+					back[i] = true
+				}
+				mu.Unlock()
+			}
+		}
+	}()
+	tick := time.NewTicker(pace)
+	defer tick.Stop()
+	for sending := true; sending; {
+		select {
+		case <-stop:
+			sending = false
+		case <-tick.C:
+			mu.Lock()
+			back = append(back, false)
+			i := len(back) - 1
+			mu.Unlock()
+			_, _ = c.Write(strconv.AppendInt(nil, int64(i), 10)) // lost, if it failed
+		}
+	}
+	time.Sleep(time.Second) // for the last ones
+	mu.Lock()
+	defer mu.Unlock()
+	var lost, run, longest int
+	for _, b := range back {
+		if run++; b {
+			run = 0
+		} else {
+			lost++
+		}
+		longest = max(longest, run)
+	}
+	_, err = fmt.Fprintf(out, "%d %d %d\n", len(back), lost, (time.Duration(longest) * pace).Milliseconds())
+	return err
 }
 
 // send sends what a connection takes for some time and prints how many bytes a
