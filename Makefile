@@ -14,7 +14,7 @@ BUNDLE     := build/plugin$(if $(NATIVE),,-$(ARCH))
 VERSION    ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 COMMIT     ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 
-.PHONY: help build plugin run test unit e2e vm fuzz lint bench deps clean
+.PHONY: help build plugin run test unit e2e soak vm fuzz lint bench deps clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,9 @@ unit: ## tests without an engine; those of the kernel run in namespaces of their
 
 e2e: ## tests with a real engine: ENGINE=20 (Debian 12) or ENGINE=28 (Debian sid)
 	ENGINE=$(ENGINE) $(GO) test -tags=e2e,nosystemd -count=1 -timeout 40m -v ./e2e/
+
+soak: deps plugin ## faults of clusters as long as real ones, and engines 20 and 28 in one swarm
+	WEFT_SOAK=1 ENGINE=$(ENGINE) $(GO) test -tags=e2e,nosystemd -count=1 -timeout 60m -v -run 'Overlay|Cluster' ./e2e/
 
 vm: plugin ## tests that need ipvlan, VLAN or dummy links, under Debian's kernel in a virtual machine: VM_RUN=PATTERN
 	mkdir -p build/vm

@@ -112,11 +112,11 @@ func BenchmarkCompose(b *testing.B) {
 				// A network that the engine lost count of stays: names are used once.
 				project := fmt.Sprintf("round%d%d", r, slices.Index(drivers, d))
 				start := time.Now()
-				if err := e.compose(files[d], project, "up", "-d", "--scale", "c=50"); err != nil {
+				if err := e.compose(nil, files[d], project, "up", "-d", "--scale", "c=50"); err != nil {
 					b.Fatal(err)
 				}
 				up := time.Since(start)
-				switch err := e.compose(files[d], project, "down"); {
+				switch err := e.compose(nil, files[d], project, "down"); {
 				case err != nil && strings.Contains(err.Error(), "has active endpoints"):
 					// Engine 20.10 miscounts endpoints that go at the same moment,
 					// with its own driver too; a restart counts them again.

@@ -36,6 +36,7 @@ type engine struct {
 	client []string // docker command of the engine's version
 	config map[string]any
 	path   string // looked through for programs before all others
+	plugin string // its name here, pluginName mostly
 }
 
 // newEngine makes a host on a LAN with an engine on it. config is added to
@@ -55,8 +56,13 @@ func newEngineWith(tb testing.TB, config map[string]any, change func(*engine)) *
 // one that other hosts know it by.
 func (l *lan) host(tb testing.TB, name string, addrs []string, config map[string]any, change func(*engine)) *engine {
 	tb.Helper()
-	v := suite.version
-	e := &engine{lan: l, machine: newMachine(tb, name, v.root), addrs: addrs, client: v.client, config: map[string]any{}}
+	return l.hostOf(tb, suite.version, name, addrs, config, change)
+}
+
+// hostOf is host with an engine of a version of its own.
+func (l *lan) hostOf(tb testing.TB, v version, name string, addrs []string, config map[string]any, change func(*engine)) *engine {
+	tb.Helper()
+	e := &engine{lan: l, machine: newMachine(tb, name, v.root), addrs: addrs, client: v.client, config: map[string]any{}, plugin: pluginName}
 	maps.Copy(e.config, v.config)
 	maps.Copy(e.config, config)
 	change(e)
@@ -251,9 +257,26 @@ func (e *engine) enter(pid string, args ...string) *exec.Cmd {
 func (e *engine) installPlugin(tb testing.TB, settings ...string) {
 	tb.Helper()
 	needPlugin(tb)
-	e.must(tb, "plugin", "create", pluginName, suite.bundle)
-	e.must(tb, append([]string{"plugin", "set", pluginName, "LOG_LEVEL=debug"}, settings...)...)
-	e.must(tb, "plugin", "enable", pluginName)
+	e.must(tb, "plugin", "create", e.plugin, e.bundle(tb))
+	e.must(tb, append([]string{"plugin", "set", e.plugin, "LOG_LEVEL=debug"}, settings...)...)
+	e.must(tb, "plugin", "enable", e.plugin)
+}
+
+// bundle is what the plugin is made of. The engine refuses files that another
+// plugin was made of: for a second one they are made to differ, as the docs say.
+func (e *engine) bundle(tb testing.TB) string {
+	tb.Helper()
+	if e.plugin == pluginName {
+		return suite.bundle
+	}
+	dir := filepath.Join(e.dir, e.plugin)
+	if _, err := output(exec.Command("cp", "-a", suite.bundle, dir)); err != nil {
+		tb.Fatal(err)
+	}
+	if err := os.Chtimes(filepath.Join(dir, "rootfs/weft"), time.Time{}, time.Now()); err != nil {
+		tb.Fatal(err)
+	}
+	return dir
 }
 
 // needPlugin fails a test of ours when there is no bundle to test.
@@ -269,7 +292,7 @@ func needPlugin(tb testing.TB) {
 
 func (e *engine) pluginID(tb testing.TB) string {
 	tb.Helper()
-	return e.must(tb, "plugin", "inspect", "-f", "{{.ID}}", pluginName)
+	return e.must(tb, "plugin", "inspect", "-f", "{{.ID}}", e.plugin)
 }
 
 // state is the plugin's propagated mount as this machine sees it.

@@ -305,7 +305,14 @@ type streamer struct {
 
 func startStream(tb testing.TB, m *machine, to string) *streamer {
 	tb.Helper()
-	s := &streamer{cmd: m.inNet(suite.probe, "stream", to), out: &strings.Builder{}}
+	return startUntilClosed(tb, m.inNet(suite.probe, "stream", to))
+}
+
+// startUntilClosed starts a command of the probe that goes on until its input
+// ends.
+func startUntilClosed(tb testing.TB, c *exec.Cmd) *streamer {
+	tb.Helper()
+	s := &streamer{cmd: c, out: &strings.Builder{}}
 	var err error
 	if s.in, err = s.cmd.StdinPipe(); err != nil {
 		tb.Fatal(err)
@@ -314,7 +321,12 @@ func startStream(tb testing.TB, m *machine, to string) *streamer {
 	if err := s.cmd.Start(); err != nil {
 		tb.Fatal(err)
 	}
-	tb.Cleanup(func() { end(s.cmd) })
+	tb.Cleanup(func() {
+		// It may be in another process namespace than nsenter, which is then not
+		// replaced by it, and keeps its output open until it has ended.
+		_ = s.in.Close()
+		end(s.cmd)
+	})
 	return s
 }
 

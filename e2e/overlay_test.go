@@ -132,55 +132,91 @@ func TestOverlaySwarm(t *testing.T) {
 	t.Parallel()
 	all := newMembers(t, 3)
 	manager := all[0]
-	manager.must(t, "swarm", "init", "--advertise-addr", underlayAddr(1))
-	token := manager.must(t, "swarm", "join-token", "-q", "worker")
-	for i, e := range all[1:] {
-		e.must(t, "swarm", "join", "--advertise-addr", underlayAddr(i+2), "--token", token, underlayAddr(1)+":2377")
+	manager.initSwarm(t)
+	for _, e := range all[1:] {
+		e.joinSwarm(t, manager, "worker")
 	}
 	for _, e := range all {
 		e.installPlugin(t, "SCOPE=global")
 	}
 	manager.must(t, "network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--attachable", "--subnet", "10.45.0.0/16", "green")
-	manager.must(t, "service", "create", "--detach", "--no-resolve-image", "--name", "web", "--network", "green", "--endpoint-mode", "dnsrr",
-		"--mode", "global", "--hostname", "{{.Node.Hostname}}", "--stop-signal", "KILL", image)
+	manager.globalService(t, "web", "green")
 	tasks := all.tasks(t, "web", "green")
-	for i, e := range all {
-		for j, to := range all {
-			e.dials(t, tasks[i].container, tasks[j].addr, to.name)
-		}
-	}
+	all.talk(t, tasks)
 	all[1].run(t, "attached", "--network", "green")
 	for i := range all {
 		all[1].dials(t, "attached", tasks[i].addr, all[i].name)
 	}
 	all.agree(t, "green")
 	for _, name := range []string{"web", "tasks.web", "attached"} {
-		eventually(t, 10*time.Second, "by the name "+name, func() error {
-			c, err := all[2].in(tasks[2].container, "/probe", "dial", "-timeout", "2s", "tcp", name+":80")
-			if err != nil {
-				return err
-			}
-			out, err := output(c)
-			if err == nil && strings.Contains(out, `"err"`) {
-				err = errors.New(out)
-			}
-			return err
-		})
+		all[2].finds(t, tasks[2].container, name)
 	}
 	all[1].must(t, "rm", "-f", "attached")
 	manager.must(t, "service", "rm", "web")
-	for _, e := range all {
-		eventually(t, 20*time.Second, "tasks end", func() error {
-			if out := e.must(t, "ps", "-q"); out != "" {
-				return fmt.Errorf("%s still runs %s", e.name, out)
-			}
-			return nil
-		})
-	}
+	all.empty(t)
 	manager.must(t, "network", "rm", "green")
 	for _, e := range slices.Backward(all) {
 		e.checkCleanIn(t, 40*time.Second)
 		e.must(t, "swarm", "leave", "--force")
+	}
+}
+
+// initSwarm makes a swarm of the host alone.
+func (e *engine) initSwarm(tb testing.TB) {
+	tb.Helper()
+	e.must(tb, "swarm", "init", "--advertise-addr", e.vtep())
+}
+
+// joinSwarm joins that of a manager, as "manager" or "worker".
+func (e *engine) joinSwarm(tb testing.TB, manager *engine, as string) {
+	tb.Helper()
+	token := manager.must(tb, "swarm", "join-token", "-q", as)
+	e.must(tb, "swarm", "join", "--advertise-addr", e.vtep(), "--token", token, manager.vtep()+":2377")
+}
+
+// globalService has a task on each node.
+func (e *engine) globalService(tb testing.TB, name, network string) {
+	tb.Helper()
+	e.must(tb, "service", "create", "--detach", "--no-resolve-image", "--name", name, "--network", network, "--endpoint-mode", "dnsrr",
+		"--mode", "global", "--hostname", "{{.Node.Hostname}}", "--stop-signal", "KILL", image)
+}
+
+// talk has each task reach all.
+func (all members) talk(tb testing.TB, tasks []task) {
+	tb.Helper()
+	for i, e := range all {
+		for j, to := range all {
+			e.dials(tb, tasks[i].container, tasks[j].addr, to.name)
+		}
+	}
+}
+
+// finds waits until a container reaches another by a name.
+func (e *engine) finds(tb testing.TB, container, name string) {
+	tb.Helper()
+	eventually(tb, 10*time.Second, "by the name "+name, func() error {
+		c, err := e.in(container, "/probe", "dial", "-timeout", "2s", "tcp", name+":80")
+		if err != nil {
+			return err
+		}
+		out, err := output(c)
+		if err == nil && strings.Contains(out, `"err"`) {
+			err = errors.New(out)
+		}
+		return err
+	})
+}
+
+// empty waits until no container runs.
+func (all members) empty(tb testing.TB) {
+	tb.Helper()
+	for _, e := range all {
+		eventually(tb, 20*time.Second, "tasks end", func() error {
+			if out := e.must(tb, "ps", "-q"); out != "" {
+				return fmt.Errorf("%s still runs %s", e.name, out)
+			}
+			return nil
+		})
 	}
 }
 

@@ -53,16 +53,21 @@ func chooseVersion(engine string) (version, error) {
 	return version{}, fmt.Errorf("ENGINE=%s: want 20 or 28", engine)
 }
 
+// cacheOf is where a tree is kept.
+func cacheOf(name string) string {
+	if cache := os.Getenv("WEFT_CACHE"); cache != "" {
+		return cache
+	}
+	base := os.Getenv("XDG_CACHE_HOME")
+	if base == "" {
+		base = "/var/cache"
+	}
+	return filepath.Join(base, "weft", name)
+}
+
 // bootstrap makes a Debian tree with an engine, once.
 func bootstrap(name, suiteName string) (string, error) {
-	cache := os.Getenv("WEFT_CACHE")
-	if cache == "" {
-		base := os.Getenv("XDG_CACHE_HOME")
-		if base == "" {
-			base = "/var/cache"
-		}
-		cache = filepath.Join(base, "weft", name)
-	}
+	cache := cacheOf(name)
 	if _, err := os.Stat(cache); err == nil {
 		return cache, nil
 	}
