@@ -25,7 +25,7 @@ func (all members) exact(tb testing.TB, network string, limit time.Duration) tim
 
 func (all members) inexact(tb testing.TB, network string) error {
 	tb.Helper()
-	want, err := all.wanted(network)
+	want, err := all.wanted(tb, network)
 	if err != nil {
 		return err
 	}
@@ -59,9 +59,11 @@ type attached struct {
 
 // wanted are the entries that each host should have. Where two containers have
 // one address or MAC, the one that was started later does.
-func (all members) wanted(network string) ([][]string, error) {
+func (all members) wanted(tb testing.TB, network string) ([][]string, error) {
+	tb.Helper()
 	var list []attached
 	var there []int // hosts that have the network
+	vteps := map[int]string{}
 	for i, e := range all {
 		found, has, err := e.attachedTo(network)
 		if err != nil {
@@ -69,6 +71,7 @@ func (all members) wanted(network string) ([][]string, error) {
 		}
 		if has {
 			there = append(there, i)
+			vteps[i] = e.overlay(tb, network).local.String()
 		}
 		for _, a := range found {
 			a.host = i
@@ -87,12 +90,12 @@ func (all members) wanted(network string) ([][]string, error) {
 	for _, i := range there {
 		for _, j := range there {
 			if i != j {
-				want[i] = append(want[i], "flood "+all[j].vtep())
+				want[i] = append(want[i], "flood "+vteps[j])
 			}
 		}
 		for mac, a := range byMAC {
 			if a.host != i {
-				want[i] = append(want[i], "tunnel "+mac+" to "+all[a.host].vtep(), "port "+mac)
+				want[i] = append(want[i], "tunnel "+mac+" to "+vteps[a.host], "port "+mac)
 			}
 		}
 		for addr, a := range byAddr {

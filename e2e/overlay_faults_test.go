@@ -135,6 +135,7 @@ func TestOverlayFaults(t *testing.T) {
 		three.must(t, "rm", "-f", "meanwhile")
 	})
 	fault("plugin killed", func(t *testing.T) {
+		t.Helper()
 		f := start(t)
 		two.killPlugin(t)
 		two.waitPlugin(t)
@@ -145,6 +146,7 @@ func TestOverlayFaults(t *testing.T) {
 		two.must(t, "rm", "-f", "new")
 	})
 	fault("plugin stopped", func(t *testing.T) {
+		t.Helper()
 		f := start(t)
 		pid := two.pluginPID(t)
 		end := time.Now().Add(lasting(15*time.Second, time.Minute))
@@ -161,6 +163,7 @@ func TestOverlayFaults(t *testing.T) {
 		f.whole(t)
 	})
 	fault("engine killed", func(t *testing.T) {
+		t.Helper()
 		f := start(t)
 		two.kill(t)
 		three.kill(t)

@@ -18,20 +18,27 @@ func (all members) repair(t *testing.T, list []box) {
 	for i, e := range all {
 		ends[i] = e.overlay(t, "blue")
 	}
-	far := ends[0].containers // on the first host: two
+	far, _, err := all[0].attachedTo("blue") // two
+	if err != nil {
+		t.Fatal(err)
+	}
+	near, _, err := all[2].attachedTo("blue")
+	if err != nil {
+		t.Fatal(err)
+	}
 	to := ends[0].local.String()
 	damaged := time.Now()
 
 	all[0].net(t, "ip", "link", "del", ends[0].device)
 
 	e, x := all[1], ends[1]
-	e.net(t, "bridge", "fdb", "del", far[0].MAC, "dev", x.device, "dst", to, "self")
-	e.net(t, "bridge", "fdb", "del", far[1].MAC, "dev", x.device, "master")
+	e.net(t, "bridge", "fdb", "del", far[0].mac, "dev", x.device, "dst", to, "self")
+	e.net(t, "bridge", "fdb", "del", far[1].mac, "dev", x.device, "master")
 	e.net(t, "bridge", "fdb", "del", "00:00:00:00:00:00", "dev", x.device, "dst", to, "self")
-	e.net(t, "bridge", "fdb", "replace", ends[2].containers[0].MAC, "dev", x.device, "dst", to, "self", "static")
+	e.net(t, "bridge", "fdb", "replace", near[0].mac, "dev", x.device, "dst", to, "self", "static")
 	e.net(t, "bridge", "fdb", "add", "02:00:00:00:77:77", "dev", x.device, "dst", to, "self", "static")
-	e.net(t, "ip", "neigh", "del", far[0].Addrs[0].String(), "dev", x.bridge)
-	e.net(t, "ip", "neigh", "replace", far[1].Addrs[1].String(), "lladdr", "02:00:00:00:77:77", "dev", x.bridge, "nud", "permanent")
+	e.net(t, "ip", "neigh", "del", far[0].addrs[0], "dev", x.bridge)
+	e.net(t, "ip", "neigh", "replace", far[1].addrs[1], "lladdr", "02:00:00:00:77:77", "dev", x.bridge, "nud", "permanent")
 	e.net(t, "ip", "neigh", "add", "10.44.77.77", "lladdr", "02:00:00:00:77:77", "dev", x.bridge, "nud", "permanent")
 	e.net(t, "bridge", "link", "set", "dev", x.device, "learning", "on", "neigh_suppress", "off")
 

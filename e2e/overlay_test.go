@@ -47,12 +47,11 @@ func (all members) join(tb testing.TB, settings ...string) {
 
 // network makes an overlay network on all hosts, each with its part of the
 // subnet.
-func (all members) network(tb testing.TB, name string, args ...string) {
+func (all members) network(tb testing.TB, name string) {
 	tb.Helper()
 	for i, e := range all {
-		e.must(tb, append([]string{"network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--ipv6", "-o", "mode=overlay", "-o", "vni=" + blueVNI,
-			"--subnet", blue4, "--ip-range", fmt.Sprintf("10.44.%d.0/24", i+1), "--subnet", blue6, "--ip-range", fmt.Sprintf("fd44::%d:0/112", i+1)},
-			append(args, name)...)...)
+		e.must(tb, "network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--ipv6", "-o", "mode=overlay", "-o", "vni="+blueVNI,
+			"--subnet", blue4, "--ip-range", fmt.Sprintf("10.44.%d.0/24", i+1), "--subnet", blue6, "--ip-range", fmt.Sprintf("fd44::%d:0/112", i+1), name)
 	}
 }
 
