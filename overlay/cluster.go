@@ -335,6 +335,9 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 	for {
 		switch u, err := c.where(ctx); {
 		case err != nil && err.Error() != trouble && ctx.Err() == nil:
+			if !c.wanted() {
+				break // most hosts are alone, and some have no way out
+			}
 			trouble = err.Error()
 			c.c.Log.WithError(err).Warn("overlay networks: where this host reaches others from")
 		case err == nil && u.Addr != last:
@@ -358,6 +361,13 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 		case <-time.After(lookTime):
 		}
 	}
+}
+
+// wanted reports whether this host has to do with others at all.
+func (c *Cluster) wanted() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.networks) > 0 || c.c.Ready(c.join)
 }
 
 // runEngine runs one engine at a time, each on the underlay's last address.
