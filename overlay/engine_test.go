@@ -3,6 +3,7 @@ package overlay
 import (
 	"context"
 	"fmt"
+	"io"
 	"maps"
 	"net/netip"
 	"slices"
@@ -57,7 +58,7 @@ func TestEngines(t *testing.T) {
 
 func quietly() logrus.FieldLogger {
 	l := logrus.New()
-	l.SetLevel(logrus.PanicLevel)
+	l.SetOutput(io.Discard)
 	return l
 }
 
@@ -142,6 +143,7 @@ func testEngine(t *testing.T, engine func(t *testing.T, table *Table, n int) fun
 	if len(four.table.Holders(7)) > 0 {
 		t.Error("a host without the network knows who has it")
 	}
+	until(t, soon, "all are heard", func() bool { return len(four.table.Peers()) == 3 })
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	if parts, err := four.engine.Ask(ctx, 7); err != nil || len(parts) != 3 {
