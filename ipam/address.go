@@ -2,12 +2,10 @@ package ipam
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"net/netip"
-	"time"
 
 	"github.com/weftnet/weft/internal/store"
 )
@@ -210,11 +208,7 @@ func (p *pool) gateway() netip.Addr {
 // write writes the record of an address that is marked as taken and busy, and
 // ends its being busy. doubtful: there may be a record from a write before.
 func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, k kind, doubtful bool) error {
-	v, err := json.Marshal(addressRecord{Version: recordVersion, Kind: k, Created: time.Now().UTC()})
-	rec := store.Record{Key: p.address(a), Value: v}
-	if err == nil {
-		rec, err = i.store.Put(ctx, rec)
-	}
+	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	b := p.busy[a]
@@ -222,7 +216,7 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, k kind, doubtfu
 	switch {
 	case err == nil, errors.Is(err, store.ErrExists):
 		if k == kindGateway && err == nil {
-			p.gateways[a] = rec.Rev
+			p.gateways[a] = rev
 		} else if k == kindGateway && doubtful {
 			p.gateways[a] = math.MaxUint64 // written just before; what revision, nobody knows
 		}
@@ -268,7 +262,7 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 // free deletes the record of an address that is busy and then its mark. If
 // that fails Run goes on: the engine ignores the error and never asks again.
 func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
-	err := i.store.Delete(ctx, p.address(a))
+	err := i.home(p.poolKey).dropAddress(ctx, p.poolKey, a)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	close(b.done)

@@ -2,12 +2,10 @@ package ipam
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
 	"sync"
-	"time"
 
 	"github.com/sirupsen/logrus"
 
@@ -92,21 +90,6 @@ type busy struct {
 	done   chan struct{} // closed when the write ends
 	queued bool          // it ended badly: the record has to go, see Run
 }
-
-// poolRecord and addressRecord are what is on disk.
-type poolRecord struct {
-	Version int
-	SubPool netip.Prefix `json:",omitzero"`
-	Created time.Time
-}
-
-type addressRecord struct {
-	Version int
-	Kind    kind
-	Created time.Time
-}
-
-const recordVersion = 1
 
 // kind is what an address was requested as.
 type kind string
@@ -280,7 +263,7 @@ func swarm(id string) bool { return len(id) == 25 }
 // addPool writes the record of a new pool. The caller holds changes.
 func (i *IPAM) addPool(ctx context.Context, id poolID) error {
 	p := &pool{poolKey: id.poolKey, sub: id.sub, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{}}
-	err := i.putPool(ctx, p)
+	err := i.home(id.poolKey).putPool(ctx, p)
 	switch {
 	case errors.Is(err, store.ErrUncertain):
 		// The engine takes it for refused and will not release it.
@@ -292,20 +275,6 @@ func (i *IPAM) addPool(ctx context.Context, id poolID) error {
 	i.mu.Lock()
 	i.pools[id.poolKey] = p
 	i.mu.Unlock()
-	return err
-}
-
-// putPool writes the record of a pool that no other goroutine changes: a new
-// one, or one whose changes the caller holds.
-func (i *IPAM) putPool(ctx context.Context, p *pool) error {
-	v, err := json.Marshal(poolRecord{Version: recordVersion, SubPool: p.sub, Created: time.Now().UTC()})
-	if err != nil {
-		return err
-	}
-	r, err := i.store.Put(ctx, store.Record{Key: p.record(), Value: v, Rev: p.rev})
-	if err == nil {
-		p.rev = r.Rev
-	}
 	return err
 }
 
@@ -322,11 +291,7 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 	next := &pool{poolKey: p.poolKey, sub: r.sub, rev: p.rev}
 	p.mu.Unlock()
 	if !same {
-		err := i.findRev(ctx, next)
-		if err == nil {
-			err = i.putPool(ctx, next)
-		}
-		if err != nil {
+		if err := i.home(p.poolKey).putPool(ctx, next); err != nil {
 			p.mu.Lock()
 			defer p.mu.Unlock()
 			p.rev = 0
@@ -340,23 +305,6 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 		p.stale, p.adopted = p.taken.clone(), true
 	}
 	p.adoptable = false
-	return nil
-}
-
-// findRev reads the revision of a pool's record again if it is not known.
-func (i *IPAM) findRev(ctx context.Context, p *pool) error {
-	if p.rev != 0 {
-		return nil
-	}
-	have, err := i.store.List(ctx, p.record())
-	if err != nil {
-		return err
-	}
-	for _, r := range have {
-		if r.Key == p.record() { // "…/2" also lists "…/24"
-			p.rev = r.Rev
-		}
-	}
 	return nil
 }
 
@@ -409,10 +357,7 @@ func (i *IPAM) drop(ctx context.Context, p *pool) error {
 			return fmt.Errorf("release pool %s: an address is still being written: %w", p.prefix, ctx.Err())
 		}
 	}
-	if err := i.store.Delete(ctx, p.record()); err != nil {
-		return err
-	}
-	if err := i.store.DeletePrefix(ctx, p.addresses()); err != nil {
+	if err := i.home(p.poolKey).dropPool(ctx, p.poolKey); err != nil {
 		return err
 	}
 	i.mu.Lock()

@@ -1,0 +1,94 @@
+package ipam
+
+import (
+	"context"
+	"encoding/json"
+	"net/netip"
+	"time"
+
+	"github.com/weftnet/weft/internal/store"
+)
+
+// home is where the records of a pool are. What is put fails with
+// store.ErrExists where somebody else has it; what is dropped may be unknown.
+type home interface {
+	// putPool makes the record of a pool that no other goroutine changes, or
+	// replaces it.
+	putPool(ctx context.Context, p *pool) error
+	// dropPool deletes it with all addresses.
+	dropPool(ctx context.Context, k poolKey) error
+	putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind) (rev uint64, err error)
+	dropAddress(ctx context.Context, k poolKey, a netip.Addr) error
+}
+
+func (i *IPAM) home(poolKey) home { return disk{i.store} }
+
+// disk is the home of the pools of this host alone.
+type disk struct{ store records }
+
+// poolRecord and addressRecord are what is on disk.
+type poolRecord struct {
+	Version int
+	SubPool netip.Prefix `json:",omitzero"`
+	Created time.Time
+}
+
+type addressRecord struct {
+	Version int
+	Kind    kind
+	Created time.Time
+}
+
+const recordVersion = 1
+
+func (d disk) putPool(ctx context.Context, p *pool) error {
+	if err := d.findRev(ctx, p); err != nil {
+		return err
+	}
+	v, err := json.Marshal(poolRecord{Version: recordVersion, SubPool: p.sub, Created: time.Now().UTC()})
+	if err != nil {
+		return err
+	}
+	r, err := d.store.Put(ctx, store.Record{Key: p.record(), Value: v, Rev: p.rev})
+	if err == nil {
+		p.rev = r.Rev
+	}
+	return err
+}
+
+// findRev reads the revision of a pool's record again if it is not known.
+func (d disk) findRev(ctx context.Context, p *pool) error {
+	if p.rev != 0 {
+		return nil
+	}
+	have, err := d.store.List(ctx, p.record())
+	if err != nil {
+		return err
+	}
+	for _, r := range have {
+		if r.Key == p.record() { // "…/2" also lists "…/24"
+			p.rev = r.Rev
+		}
+	}
+	return nil
+}
+
+func (d disk) dropPool(ctx context.Context, k poolKey) error {
+	if err := d.store.Delete(ctx, k.record()); err != nil {
+		return err
+	}
+	return d.store.DeletePrefix(ctx, k.addresses())
+}
+
+func (d disk) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind) (uint64, error) {
+	v, err := json.Marshal(addressRecord{Version: recordVersion, Kind: as, Created: time.Now().UTC()})
+	if err != nil {
+		return 0, err
+	}
+	r, err := d.store.Put(ctx, store.Record{Key: k.address(a), Value: v})
+	return r.Rev, err
+}
+
+func (d disk) dropAddress(ctx context.Context, k poolKey, a netip.Addr) error {
+	return d.store.Delete(ctx, k.address(a))
+}
