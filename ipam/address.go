@@ -24,10 +24,12 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 	if first, last := r.id.usable(); r.want.IsValid() && (!r.id.prefix.Contains(r.want) || r.want.Less(first) || last.Less(r.want)) {
 		return netip.Prefix{}, fmt.Errorf("address %s is not a usable one of pool %s: %s to %s are", r.want, r.id.prefix, first, last)
 	}
+	ctx, cancel := r.id.within(ctx)
+	defer cancel()
 	var err error
 	for range mostSquatters {
 		var a netip.Prefix
-		if a, err = i.grant(ctx, r); err != nil || i.vet == nil || r.kind == kindGateway || r.id.space != LocalSpace {
+		if a, err = i.grant(ctx, r); err != nil || i.vet == nil || r.kind == kindGateway || r.id.space == GlobalSpace {
 			return a, err
 		}
 		if err = i.vet(ctx, r.id.prefix, a.Addr()); err == nil {
@@ -51,12 +53,24 @@ const mostSquatters = 32
 
 // grant hands out an address of the pool.
 func (i *IPAM) grant(ctx context.Context, r addressRequest) (netip.Prefix, error) {
+	if r.id.shared() {
+		if err := i.loadShared(ctx); err != nil {
+			return netip.Prefix{}, fmt.Errorf("address in pool %s of space %s: %w", r.id.prefix, r.id.spaceName(), err)
+		}
+	}
 	for range 3 {
 		p, err := i.find(ctx, r.id)
 		if err != nil {
 			return netip.Prefix{}, err
 		}
 		var a netip.Addr
+		r := r
+		if r.kind == kindGateway && p.shared() {
+			r.id.sub = netip.Prefix{} // the range is this host's, the gateway is everybody's
+			if a, err = i.agreed(ctx, p, r.want); err != nil || a.IsValid() {
+				return p.with(a), err
+			}
+		}
 		if r.want.IsValid() {
 			a, err = r.want, i.explicit(ctx, p, r)
 		} else {
@@ -65,15 +79,31 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (netip.Prefix, error
 		if err == nil {
 			return p.with(a), nil
 		}
-		if !errors.Is(err, errPoolGone) {
+		if !errors.Is(err, errPoolGone) && !errors.Is(err, errOtherGateway) {
 			return netip.Prefix{}, err
 		}
 	}
 	return netip.Prefix{}, fmt.Errorf("address in pool %s: %w", r.id.prefix, errPoolGone)
 }
 
+// agreed returns the gateway that the hosts of a space have given a pool, if
+// they have, and refuses another one.
+func (i *IPAM) agreed(ctx context.Context, p *pool, want netip.Addr) (netip.Addr, error) {
+	t, _, err := i.shared.readTable(ctx, p.poolKey)
+	if err != nil {
+		return netip.Addr{}, fmt.Errorf("gateway of pool %s in space %s: %w", p.prefix, p.spaceName(), err)
+	}
+	tp := t.at(p.prefix)
+	if want.IsValid() && tp.Gateway.IsValid() && want != tp.Gateway {
+		return netip.Addr{}, fmt.Errorf("gateway %s of pool %s in space %s: host %s has given it %s: give the same on every host, or none",
+			want, p.prefix, p.spaceName(), tp.By, tp.Gateway)
+	}
+	return tp.Gateway, nil
+}
+
 // choose hands out the next free address.
 func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Addr, error) {
+	relisted := !p.shared()
 	for {
 		p.mu.Lock()
 		p.adoptable = false
@@ -87,6 +117,14 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			return gw, nil // the network has its gateway already
 		}
 		a, ok := p.next(r)
+		if !ok && !relisted {
+			p.mu.Unlock()
+			relisted = true
+			if err := i.relist(ctx, p); err != nil { // what others released may not be known yet
+				return netip.Addr{}, fmt.Errorf("look for a free address in pool %s: %w", p.prefix, err)
+			}
+			continue
+		}
 		if !ok {
 			defer p.mu.Unlock()
 			return netip.Addr{}, p.exhausted(r.id)
@@ -154,7 +192,7 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) error {
 			case <-ctx.Done():
 				return fmt.Errorf("address %s of pool %s is still being written: %w", r.want, p.prefix, ctx.Err())
 			}
-		case b == nil && p.taken.has(r.want):
+		case b == nil && p.taken.has(r.want) && !p.foreign(r.want):
 			if p.stale.remove(r.want) || shared {
 				p.mu.Unlock()
 				return nil
@@ -168,12 +206,13 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) error {
 			defer p.mu.Unlock()
 			return p.refuse(r)
 		}
-		// Free, or about to be freed by Run, which lets go of it here.
+		// Free, or about to be freed by Run, which lets go of it here, or
+		// another host's as far as this one knows.
 		p.taken.add(r.want)
 		p.busy[r.want] = &busy{done: make(chan struct{})}
 		p.mu.Unlock()
 		err := i.write(ctx, p, r.want, r.kind, b != nil)
-		if errors.Is(err, store.ErrExists) && b != nil {
+		if errors.Is(err, store.ErrExists) && b != nil && !p.shared() {
 			return nil // the write before, whose outcome nobody knew
 		}
 		if errors.Is(err, store.ErrExists) {
@@ -185,13 +224,20 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) error {
 	}
 }
 
+// foreign reports whether an address is taken by another host; p.mu is held.
+func (p *pool) foreign(a netip.Addr) bool { _, ok := p.others[a]; return ok }
+
 // refuse says that an address is taken, and what is not; p.mu is held.
 func (p *pool) refuse(r addressRequest) error {
 	free := "none is free"
 	if a, ok := p.next(addressRequest{id: r.id}); ok {
 		free = "next free is " + a.String()
 	}
-	return fmt.Errorf("address %s of pool %s is in use: %s; %d of %s used", r.want, p.prefix, free, p.taken.len(), p.size())
+	why := "is in use"
+	if h, ok := p.others[r.want]; ok {
+		why = (&heldError{h}).Error()
+	}
+	return fmt.Errorf("address %s of pool %s %s: %s; %d of %s used", r.want, p.prefix, why, free, p.taken.len(), p.size())
 }
 
 // gateway returns the newest gateway, if any; p.mu is held.
@@ -220,19 +266,50 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, k kind, doubtfu
 		} else if k == kindGateway && doubtful {
 			p.gateways[a] = math.MaxUint64 // written just before; what revision, nobody knows
 		}
+		if p.shared() {
+			p.settled(a, k, rev, err)
+		}
 		delete(p.busy, a)
 	case errors.Is(err, store.ErrUncertain), doubtful:
 		b.queued = true
 		i.later(cleanup{pool: p, addr: a, busy: b})
 	default:
-		p.taken.remove(a)
+		if !p.foreign(a) {
+			p.taken.remove(a)
+		}
 		delete(p.busy, a)
+	}
+	if err != nil && p.shared() && !errors.Is(err, store.ErrExists) {
+		err = fmt.Errorf("address in pool %s of space %s: %w", p.prefix, p.spaceName(), err)
 	}
 	return err
 }
 
+// settled marks whose an address is after its write; p.mu is held.
+func (p *pool) settled(a netip.Addr, k kind, rev uint64, err error) {
+	var held *heldError
+	switch {
+	case errors.As(err, &held):
+		p.take(a, held.heldClaim)
+	case err != nil:
+		p.take(a, heldClaim{}) // whose, Follow will tell
+	case k == kindGateway:
+		p.take(a, heldClaim{claim{Kind: k}, rev})
+	default:
+		delete(p.others, a)
+		p.mine[a] = rev
+	}
+}
+
 // releaseAddress is ReleaseAddress. Unknown addresses and pools are success.
 func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) error {
+	ctx, cancel := id.within(ctx)
+	defer cancel()
+	if id.shared() {
+		if err := i.loadShared(ctx); err != nil {
+			return i.shared.owe(ctx, id.claim(a), err)
+		}
+	}
 	p := i.pool(id.poolKey)
 	if p == nil || !p.prefix.Contains(a) {
 		return nil
@@ -240,7 +317,7 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 	for {
 		p.mu.Lock()
 		b := p.busy[a]
-		if p.closed || !p.taken.has(a) || b != nil && b.queued {
+		if p.closed || !p.taken.has(a) || p.foreign(a) || b != nil && b.queued {
 			p.mu.Unlock()
 			return nil
 		}
@@ -275,5 +352,6 @@ func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 	p.stale.remove(a)
 	delete(p.busy, a)
 	delete(p.gateways, a)
+	delete(p.mine, a)
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"strings"
 
 	"github.com/docker/go-plugins-helpers/ipam"
 
@@ -59,13 +60,22 @@ func (i *IPAM) RequestPool(ctx context.Context, req ipam.RequestPoolRequest) (ip
 
 func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {
 	r := poolRequest{v6: req.V6}
-	err := checkOptions(req.Options)
+	name, err := parseOptions(req.Options)
 	if err != nil {
 		return r, err
 	}
 	r.space = req.AddressSpace
 	if r.space != LocalSpace && r.space != GlobalSpace {
 		return r, fmt.Errorf("there is no address space %q, only %s and %s", r.space, LocalSpace, GlobalSpace)
+	}
+	if name != "" {
+		switch {
+		case r.space == GlobalSpace:
+			return r, fmt.Errorf("ipam option space=%s: the leader of a swarm hands out addresses for all nodes already: leave it out", name)
+		case req.Pool == "" || strings.HasPrefix(req.Pool, "0.0.0.0/") || strings.HasPrefix(req.Pool, "::/"):
+			return r, fmt.Errorf("ipam option space=%s: give the subnet that all hosts share with --subnet, the same on every host", name)
+		}
+		r.space = spaceOption + name
 	}
 	if req.Pool == "" {
 		if req.SubPool != "" {

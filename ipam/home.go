@@ -21,7 +21,12 @@ type home interface {
 	dropAddress(ctx context.Context, k poolKey, a netip.Addr) error
 }
 
-func (i *IPAM) home(poolKey) home { return disk{i.store} }
+func (i *IPAM) home(k poolKey) home {
+	if k.shared() {
+		return i.shared
+	}
+	return disk{i.store}
+}
 
 // disk is the home of the pools of this host alone.
 type disk struct{ store records }

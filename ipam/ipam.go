@@ -36,7 +36,15 @@ type Config struct {
 	// Pools is where automatic pools come from. A family without a range in
 	// it has the default ones.
 	Pools []PoolRange
-	Log   logrus.FieldLogger
+	// Shared is the store of the cluster, for address spaces that its hosts
+	// share. HostID is what this host is known by there, HostName is for
+	// people. nil: there is no cluster.
+	Shared interface {
+		claims
+		feed
+	}
+	HostID, HostName string
+	Log              logrus.FieldLogger
 }
 
 // IPAM hands out pools and addresses. Its methods may be called from any
@@ -47,6 +55,8 @@ type IPAM struct {
 	holder func(netip.Prefix) (string, bool)
 	vet    func(context.Context, netip.Prefix, netip.Addr) error
 	log    logrus.FieldLogger
+	shared *shared
+	feed   feed // nil without a cluster
 
 	changes chan struct{} // holds one token: making and dropping pools
 	ranges4 []PoolRange
@@ -81,8 +91,19 @@ type pool struct {
 	adoptable bool
 	stale     addrSet
 	adopted   bool
+	// In a shared space: mine has the addresses of this host with the revision
+	// that it wrote, others all else that is taken, gateways included.
+	mine      map[netip.Addr]uint64
+	others    map[netip.Addr]heldClaim
 	releasing bool // ReleasePool came
 	closed    bool // no address is handed out any more; the pool will go
+}
+
+func newPool(id poolID) *pool {
+	return &pool{
+		poolKey: id.poolKey, sub: id.sub, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{},
+		mine: map[netip.Addr]uint64{}, others: map[netip.Addr]heldClaim{},
+	}
 }
 
 // busy is an address between its mark in memory and the end of its write.
@@ -102,12 +123,16 @@ const (
 
 // New returns an IPAM without pools; Load reads them.
 func New(c Config) (*IPAM, error) {
-	if c.Store == nil || c.Host == nil || c.Log == nil {
-		return nil, errors.New("ipam: store, host and log are required")
+	if c.Store == nil || c.Host == nil || c.Log == nil || c.Shared != nil && c.HostID == "" {
+		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
 		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, log: c.Log,
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
+		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]bool{}, owed: map[string]bool{}},
+	}
+	if c.Shared != nil {
+		i.shared.claims, i.feed = c.Shared, c.Shared
 	}
 	if i.holder == nil {
 		i.holder = func(netip.Prefix) (string, bool) { return "", false }
@@ -150,6 +175,13 @@ type poolRequest struct {
 }
 
 func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
+	ctx, cancel := r.within(ctx)
+	defer cancel()
+	if r.shared() {
+		if err := i.loadShared(ctx); err != nil {
+			return poolID{}, fmt.Errorf("subnet %s in space %s: %w", r.prefix, r.spaceName(), err)
+		}
+	}
 	release, err := i.change(ctx)
 	if err != nil {
 		return poolID{}, err
@@ -262,7 +294,7 @@ func swarm(id string) bool { return len(id) == 25 }
 
 // addPool writes the record of a new pool. The caller holds changes.
 func (i *IPAM) addPool(ctx context.Context, id poolID) error {
-	p := &pool{poolKey: id.poolKey, sub: id.sub, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{}}
+	p := newPool(id)
 	err := i.home(id.poolKey).putPool(ctx, p)
 	switch {
 	case errors.Is(err, store.ErrUncertain):
@@ -271,6 +303,16 @@ func (i *IPAM) addPool(ctx context.Context, id poolID) error {
 		i.later(cleanup{pool: p})
 	case err != nil:
 		return err
+	case id.shared():
+		// What is there already: of other hosts, and of this one if its
+		// reference was deleted.
+		list, err := i.shared.List(ctx, p.poolKey.claims())
+		if err != nil {
+			break // the refusals will tell
+		}
+		if _, held, err := readSpaces(list); err == nil {
+			p.own(i.shared.host, held[id.poolKey])
+		}
 	}
 	i.mu.Lock()
 	i.pools[id.poolKey] = p
@@ -303,6 +345,9 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 	p.sub, p.rev = next.sub, next.rev
 	if !shared {
 		p.stale, p.adopted = p.taken.clone(), true
+		for a := range p.others {
+			p.stale.remove(a)
+		}
 	}
 	p.adoptable = false
 	return nil
@@ -311,6 +356,13 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 // releasePool is ReleasePool. Unknown pools are success, and so is an ID whose
 // sub-pool is not the one of the last request: the pool belongs to that.
 func (i *IPAM) releasePool(ctx context.Context, id poolID) error {
+	ctx, cancel := id.within(ctx)
+	defer cancel()
+	if id.shared() {
+		if err := i.loadShared(ctx); err != nil {
+			return i.shared.owe(ctx, id.owed(), err)
+		}
+	}
 	p := i.pool(id.poolKey)
 	if p == nil {
 		return nil

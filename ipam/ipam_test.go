@@ -2,6 +2,7 @@ package ipam
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -32,7 +33,16 @@ type house struct {
 	held  map[netip.Prefix]string
 	pools []PoolRange
 	log   *test.Hook
+	// With a cluster: its store as this host sees it, and the host's name.
+	shared cluster
+	name   string
+	stop   func() // ends Run
 	*IPAM
+}
+
+type cluster interface {
+	claims
+	feed
 }
 
 func newHouse(tb testing.TB) *house {
@@ -53,7 +63,7 @@ func (h *house) start() {
 	log, hook := test.NewNullLogger()
 	h.log = hook
 	h.IPAM, err = New(Config{
-		Store: h.wrap(h.bolt), Log: log, Pools: h.pools,
+		Store: h.wrap(h.bolt), Log: log, Pools: h.pools, Shared: h.shared, HostID: "id-" + h.name, HostName: h.name,
 		Host:   func(context.Context) ([]netip.Prefix, error) { return h.host, nil },
 		Holder: func(p netip.Prefix) (string, bool) { id, ok := h.held[p]; return id, ok },
 	})
@@ -63,10 +73,25 @@ func (h *house) start() {
 	if err := h.Load(h.tb.Context()); err != nil {
 		h.tb.Fatal(err)
 	}
+	if h.shared == nil {
+		return
+	}
+	ctx, cancel := context.WithCancel(h.tb.Context())
+	done := make(chan error, 1)
+	go func(i *IPAM) { done <- i.Run(ctx) }(h.IPAM)
+	h.stop = func() {
+		cancel()
+		if err := <-done; err != nil && !errors.Is(err, store.ErrClosed) {
+			h.tb.Error(err)
+		}
+	}
 }
 
 func (h *house) restart() {
 	h.tb.Helper()
+	if h.stop != nil {
+		h.stop()
+	}
 	if err := h.bolt.Close(); err != nil {
 		h.tb.Fatal(err)
 	}
@@ -84,7 +109,7 @@ func (h *house) hold(p, id string) {
 // do runs one line as an operator would write it down, and returns the answer
 // or the error as text:
 //
-//	pool [global|local] [PREFIX|4|6] [sub PREFIX]
+//	pool [global|local] [PREFIX|4|6] [sub PREFIX] [space=NAME]
 //	unpool ID | addr ID [ADDRESS] | gw ID [ADDRESS] | free ID ADDRESS
 func (h *house) do(line string) string {
 	h.tb.Helper()
@@ -104,6 +129,9 @@ func (h *house) do(line string) string {
 		}
 		if arg(3) == "sub" {
 			req.SubPool = f[4]
+		}
+		if space, ok := strings.CutPrefix(f[len(f)-1], "space="); ok {
+			req.Options = map[string]string{"space": space}
 		}
 		r, err := h.RequestPool(ctx, req)
 		if err != nil {
@@ -447,10 +475,10 @@ func TestStatus(t *testing.T) {
 			t.Fatal(got)
 		}
 	}
-	want := `{weft-local,10.0.0.0/24 weft-local 10.0.0.0/24  254 0 }
-{weft-local,10.1.0.0/24,10.1.0.128/25 weft-local 10.1.0.0/24 10.1.0.128/25 254 2 10.1.0.1}
-{weft-local,fd05::/64 weft-local fd05::/64  18446744073709551615 0 }
-{weft-global,10.9.0.0/24 weft-global 10.9.0.0/24  254 0 }
+	want := `{weft-local,10.0.0.0/24 weft-local 10.0.0.0/24  254 0 0 }
+{weft-local,10.1.0.0/24,10.1.0.128/25 weft-local 10.1.0.0/24 10.1.0.128/25 254 2 0 10.1.0.1}
+{weft-local,fd05::/64 weft-local fd05::/64  18446744073709551615 0 0 }
+{weft-global,10.9.0.0/24 weft-global 10.9.0.0/24  254 0 0 }
 `
 	for range 2 { // the same after a restart
 		got := ""

@@ -4,7 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net/netip"
 	"strings"
 )
 
@@ -37,10 +36,9 @@ func (i *IPAM) Load(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("record %s: %w", r.Key, err)
 		}
-		pools[id.poolKey] = &pool{
-			poolKey: id.poolKey, sub: rec.SubPool, rev: r.Rev,
-			busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{}, adoptable: true,
-		}
+		p := newPool(id)
+		p.rev, p.adoptable = r.Rev, true
+		pools[id.poolKey] = p
 	}
 	if err := i.loadAddresses(ctx, pools); err != nil {
 		return err

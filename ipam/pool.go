@@ -61,7 +61,11 @@ func parsePoolID(s string) (poolID, error) {
 }
 
 func (id poolID) validate() error {
-	if id.space != LocalSpace && id.space != GlobalSpace {
+	if id.shared() {
+		if err := checkSpaceName(id.spaceName()); err != nil {
+			return err
+		}
+	} else if id.space != LocalSpace && id.space != GlobalSpace {
 		return fmt.Errorf("there is no address space %q, only %s and %s", id.space, LocalSpace, GlobalSpace)
 	}
 	if err := validPool(id.prefix); err != nil {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"net/netip"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // cleanup is something that has to go and could not be deleted for certain.
@@ -11,6 +13,8 @@ type cleanup struct {
 	pool *pool
 	addr netip.Addr // zero: the whole pool
 	busy *busy      // of the address
+	// restore: the other way round, it has to be there and was deleted.
+	restore bool
 }
 
 const (
@@ -31,9 +35,20 @@ func (i *IPAM) later(c cleanup) {
 }
 
 // Run frees addresses and pools that could not be freed when they should have
-// been, because the disk hung, failed or was full. It ends with ctx and returns
-// nil. Without it nothing breaks, but those addresses stay taken.
+// been, because the disk hung, failed or was full or the cluster was away, and
+// follows what other hosts do. It ends with ctx and returns nil. Without it
+// nothing breaks, but those addresses stay taken.
 func (i *IPAM) Run(ctx context.Context) error {
+	g, ctx := errgroup.WithContext(ctx)
+	if i.feed != nil {
+		g.Go(func() error { return i.follow(ctx) })
+	}
+	g.Go(func() error { return i.clean(ctx) })
+	return g.Wait()
+}
+
+// clean works off the list.
+func (i *IPAM) clean(ctx context.Context) error {
 	for {
 		select {
 		case <-i.wake:
@@ -71,6 +86,13 @@ func (i *IPAM) settle(ctx context.Context) int {
 }
 
 func (i *IPAM) settleOne(ctx context.Context, c cleanup) error {
+	if c.restore {
+		err := i.restore(ctx, c)
+		if err != nil {
+			i.later(c)
+		}
+		return err
+	}
 	if !c.addr.IsValid() {
 		release, err := i.change(ctx)
 		if err == nil {

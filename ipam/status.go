@@ -20,9 +20,11 @@ type PoolStatus struct {
 	SubPool string `json:"subPool,omitempty"`
 	// Size is the number of usable addresses in decimal; IPv6 pools have more
 	// than JSON's numbers can tell apart.
-	Size    string `json:"size"`
-	Used    uint64 `json:"used"`
-	Gateway string `json:"gateway,omitempty"`
+	Size string `json:"size"`
+	Used uint64 `json:"used"` // by this host
+	// UsedByAll is by all hosts, in a space that they share.
+	UsedByAll uint64 `json:"usedByAll,omitempty"`
+	Gateway   string `json:"gateway,omitempty"`
 }
 
 // Status returns the pools in order of space and address. It waits for no
@@ -40,6 +42,10 @@ func (i *IPAM) Status(context.Context) Status {
 		st := PoolStatus{
 			ID: poolID{p.poolKey, p.sub}.String(), Space: p.space, Pool: p.prefix.String(),
 			Size: p.size().String(), Used: p.taken.len(),
+		}
+		if p.shared() {
+			st.Space, st.UsedByAll = p.spaceName(), st.Used
+			st.Used -= uint64(len(p.others))
 		}
 		if p.sub.IsValid() {
 			st.SubPool = p.sub.String()

@@ -169,6 +169,30 @@ func (e *Etcd) Delete(ctx context.Context, key string) error {
 	return nil
 }
 
+// Remove deletes a record if it still has the revision of r, and fails with
+// [ErrConflict] if it has another. An absent one is success. An uncertain Remove
+// that comes late finds another revision, where Delete would not look.
+func (e *Etcd) Remove(ctx context.Context, r Record) error {
+	key := e.prefix + r.Key
+	var resp *clientv3.TxnResponse
+	err := e.write(ctx, func(ctx context.Context) (err error) {
+		resp, err = e.client.Txn(ctx).
+			If(clientv3.Compare(clientv3.ModRevision(key), "=", int64(r.Rev))).
+			Then(clientv3.OpDelete(key)).
+			Else(clientv3.OpGet(key, clientv3.WithKeysOnly())).Commit()
+		return err
+	})
+	if err == nil && !resp.Succeeded {
+		if have := resp.Responses[0].GetResponseRange().Kvs; len(have) > 0 {
+			err = fmt.Errorf("%w: revision %d, not %d", ErrConflict, have[0].ModRevision, r.Rev)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("remove record %s: %w", r.Key, err)
+	}
+	return nil
+}
+
 // DeletePrefix removes every record whose key starts with prefix, at once.
 func (e *Etcd) DeletePrefix(ctx context.Context, prefix string) error {
 	if prefix == "" {

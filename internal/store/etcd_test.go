@@ -300,6 +300,31 @@ func TestEtcdUncertain(t *testing.T) {
 	}
 }
 
+// TestEtcdRemove deletes what was read, and nothing that came after.
+func TestEtcdRemove(t *testing.T) {
+	c := etcdtest.Start(t, etcdtest.Config{})
+	e := openEtcd(t, store.EtcdConfig{Endpoints: c.Endpoints})
+	old, err := e.Put(t.Context(), store.Record{Key: "a", Value: []byte("1")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	now, err := e.Put(t.Context(), store.Record{Key: "a", Value: []byte("2"), Rev: old.Rev})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Remove(t.Context(), old); !errors.Is(err, store.ErrConflict) {
+		t.Errorf("the revision before: %v", err)
+	}
+	for range 2 { // the second time it is absent
+		if err := e.Remove(t.Context(), now); err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := e.Get(t.Context(), "a"); !errors.Is(err, store.ErrNotFound) {
+		t.Errorf("after it: %v", err)
+	}
+}
+
 // TestEtcdLeaderKilled: writes and followers go on with the others.
 func TestEtcdLeaderKilled(t *testing.T) {
 	c := etcdtest.Start(t, etcdtest.Config{Members: 3})

@@ -1,0 +1,525 @@
+package ipam
+
+import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/weftnet/weft/internal/store"
+)
+
+// What is in the store of the cluster, and what a host still has to delete
+// there, which it writes on its own disk.
+//
+//	space/NAME/pools               a table: the pools of a space and who has them
+//	space/NAME/addr/POOL/ADDRESS   a claim: who has an address
+const (
+	spaceKeys = "space/"
+	owedKeys  = "ipam/release/"
+)
+
+// claims is what hosts write there. Put and Remove change exactly the revision
+// that they are given, or nothing.
+type claims interface {
+	List(ctx context.Context, prefix string) ([]store.Record, error)
+	Get(ctx context.Context, key string) (store.Record, error)
+	Put(ctx context.Context, r store.Record) (store.Record, error)
+	Remove(ctx context.Context, r store.Record) error
+}
+
+// feed is how they learn what others wrote.
+type feed interface {
+	Follow(ctx context.Context, prefix string, snapshot func([]store.Record), event func(store.Event)) error
+}
+
+// table is all that the hosts have to agree on in a space. It is one record, so
+// that what one of them decides on is still so when it writes.
+type table struct {
+	Version int
+	Pools   map[netip.Prefix]*tablePool
+}
+
+type tablePool struct {
+	Gateway netip.Addr        `json:",omitzero"` // once given, for as long as there is the pool
+	By      string            `json:",omitempty"`
+	Hosts   map[string]member // by host ID
+}
+
+// member is one host's reference to a pool.
+type member struct {
+	Name    string
+	SubPool netip.Prefix `json:",omitzero"`
+	Nonce   string       // of the write
+}
+
+type claim struct {
+	Version    int
+	Kind       kind
+	Host, Name string
+	Nonce      string
+	Created    time.Time
+}
+
+// heldClaim is a claim as it is in the store.
+type heldClaim struct {
+	claim
+	rev uint64
+}
+
+// heldError is the refusal of an address that another host has.
+type heldError struct{ heldClaim }
+
+func (e *heldError) Error() string {
+	if e.Kind == kindGateway {
+		return "is the gateway"
+	}
+	return "is held by host " + cmp.Or(e.Name, e.Host)
+}
+
+// Is makes it what a store says of such a record.
+func (e *heldError) Is(target error) bool { return target == store.ErrExists }
+
+// errOtherGateway: the hosts have just agreed on another one.
+var errOtherGateway = errors.New("another host has given the pool another gateway meanwhile")
+
+// errNoCluster is for pools that were made when there was one, too.
+var errNoCluster = errors.New("address spaces of a cluster are kept in etcd: set STORE=etcd://host:2379 on every host")
+
+// shared is the home of pools in the address spaces of a cluster, as this host
+// sees it.
+type shared struct {
+	claims             // nil without a cluster
+	disk       records // of this host
+	host, name string  // its ID, and its name for people
+
+	mu     sync.Mutex
+	loaded bool // the pools of this host are known
+	// doubt has the nonces of writes that were given up with an unknown
+	// outcome. Such a write may still land, whatever is done meanwhile.
+	doubt map[string]bool
+	owed  map[string]bool // keys that are on disk as to be deleted
+}
+
+func (k poolKey) shared() bool { return strings.HasPrefix(k.space, spaceOption) }
+
+// spaceName is the NAME of space=NAME.
+func (k poolKey) spaceName() string { return strings.TrimPrefix(k.space, spaceOption) }
+
+func (k poolKey) table() string { return spaceKeys + k.spaceName() + "/pools" }
+func (k poolKey) claims() string {
+	return spaceKeys + k.spaceName() + "/addr/" + k.prefix.String() + "/"
+}
+
+func (k poolKey) claim(a netip.Addr) string { return k.claims() + a.String() }
+
+// owed is the key of a pool that has to be left.
+func (k poolKey) owed() string { return spaceKeys + k.spaceName() + "/pool/" + k.prefix.String() }
+
+// parseSpaceKey tells what a key is about: a table (only the space is set),
+// a pool that has to be left (no address), or a claim.
+func parseSpaceKey(key string) (k poolKey, a netip.Addr, ok bool) {
+	rest, ok := strings.CutPrefix(key, spaceKeys)
+	name, rest, found := strings.Cut(rest, "/")
+	if !ok || !found || checkSpaceName(name) != nil {
+		return poolKey{}, a, false
+	}
+	k.space = spaceOption + name
+	if rest == "pools" {
+		return k, a, true
+	}
+	kind, pool, _ := strings.Cut(rest, "/")
+	var err error
+	if kind == "addr" {
+		at := strings.LastIndexByte(pool, '/')
+		if a, err = netip.ParseAddr(pool[at+1:]); err != nil {
+			return k, a, false
+		}
+		pool = pool[:max(at, 0)]
+	}
+	k.prefix, err = netip.ParsePrefix(pool)
+	if err != nil || validPool(k.prefix) != nil || a.IsValid() && !k.prefix.Contains(a) {
+		return k, a, false
+	}
+	return k, a, a.IsValid() && k.claim(a) == key || k.owed() == key
+}
+
+// putPool implements home: a reference of this host.
+func (s *shared) putPool(ctx context.Context, p *pool) error {
+	if err := s.forget(ctx, p.owed()); err != nil {
+		return err
+	}
+	m := member{Name: s.name, SubPool: p.sub, Nonce: rand.Text()}
+	err := s.change(ctx, p.poolKey, func(t *table) (bool, error) {
+		for prefix, o := range t.Pools {
+			if prefix != p.prefix && prefix.Overlaps(p.prefix) {
+				return false, fmt.Errorf("subnet %s overlaps %s, which host %s has in space %s: give the same subnet on every host, or choose another space",
+					p.prefix, prefix, o.names(), p.spaceName())
+			}
+		}
+		have, ok := t.at(p.prefix).Hosts[s.host]
+		t.Pools[p.prefix].Hosts[s.host] = m
+		return !ok || have.Name != m.Name || have.SubPool != m.SubPool, nil
+	})
+	if errors.Is(err, store.ErrUncertain) {
+		s.doubts(m.Nonce)
+	}
+	if err == nil {
+		p.rev = 1 // there is a record; which revision it has is not needed
+	}
+	return err
+}
+
+func (t *table) at(prefix netip.Prefix) *tablePool {
+	if t.Pools[prefix] == nil {
+		t.Pools[prefix] = &tablePool{Hosts: map[string]member{}}
+	}
+	return t.Pools[prefix]
+}
+
+func (p *tablePool) names() string {
+	var names []string
+	for id, m := range p.Hosts {
+		names = append(names, cmp.Or(m.Name, id))
+	}
+	slices.Sort(names)
+	return strings.Join(names, ", ")
+}
+
+// dropPool implements home: it drops this host's reference and addresses, and
+// with the last reference all that is left of the pool.
+func (s *shared) dropPool(ctx context.Context, k poolKey) error {
+	return s.outcome(ctx, k.owed(), s.leave(ctx, k))
+}
+
+func (s *shared) leave(ctx context.Context, k poolKey) error {
+	if s.claims == nil {
+		return errNoCluster
+	}
+	for {
+		// Listed before the table is read: whoever has the pool when the
+		// table changes cannot have written any of these revisions.
+		list, err := s.List(ctx, k.claims())
+		if err != nil {
+			return err
+		}
+		last := false
+		err = s.change(ctx, k, func(t *table) (bool, error) {
+			p := t.at(k.prefix)
+			_, had := p.Hosts[s.host]
+			delete(p.Hosts, s.host)
+			last = len(p.Hosts) == 0
+			return had, nil
+		})
+		if err != nil {
+			return err
+		}
+		n := 0
+		for _, r := range list {
+			if c := decodeClaim(r); !last && (c.Host != s.host || c.Kind == kindGateway) {
+				continue
+			}
+			if err := s.Remove(ctx, r); err != nil && !errors.Is(err, store.ErrConflict) {
+				return err
+			}
+			n++
+		}
+		if n == 0 {
+			return nil
+		}
+	}
+}
+
+// putAddress implements home. A gateway is that of all hosts.
+func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind) (uint64, error) {
+	if s.claims == nil {
+		return 0, errNoCluster
+	}
+	key := k.claim(a)
+	takeOver := s.owes(key)
+	if err := s.forget(ctx, key); err != nil {
+		return 0, err
+	}
+	rev, err := s.claim(ctx, key, as, takeOver)
+	if err != nil || as != kindGateway {
+		return rev, err
+	}
+	err = s.change(ctx, k, func(t *table) (bool, error) {
+		switch p := t.at(k.prefix); {
+		case len(p.Hosts) == 0:
+			return false, errPoolGone
+		case !p.Gateway.IsValid():
+			p.Gateway, p.By = a, s.name
+			return true, nil
+		case p.Gateway != a:
+			return false, errOtherGateway
+		}
+		return false, nil
+	})
+	if errors.Is(err, errOtherGateway) {
+		if rerr := s.Remove(ctx, store.Record{Key: key, Rev: rev}); rerr != nil && !errors.Is(rerr, store.ErrConflict) {
+			return 0, rerr
+		}
+	}
+	return rev, err
+}
+
+// claim writes the record of an address, and goes on until the outcome is
+// clear: the same record is written again until it is there or another one is.
+func (s *shared) claim(ctx context.Context, key string, as kind, takeOver bool) (uint64, error) {
+	c := claim{Version: recordVersion, Kind: as, Host: s.host, Name: s.name, Nonce: rand.Text(), Created: time.Now().UTC()}
+	v, err := json.Marshal(c)
+	if err != nil {
+		return 0, err
+	}
+	unsure, replace := false, uint64(0)
+	for {
+		r, err := s.Put(ctx, store.Record{Key: key, Value: v, Rev: replace})
+		if err == nil {
+			return r.Rev, nil
+		}
+		if errors.Is(err, store.ErrExists) && as == kindAuto && !unsure && !takeOver {
+			return 0, err // the next one is as good
+		}
+		replace = 0
+		if errors.Is(err, store.ErrExists) || errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNotFound) {
+			var have store.Record
+			if have, err = s.Get(ctx, key); err == nil {
+				h := decodeClaim(have)
+				switch {
+				case h.Nonce == c.Nonce, h.Host == s.host && (takeOver || s.doubted(h.Nonce)):
+					return h.rev, nil
+				case as == kindGateway && h.Kind == kindGateway:
+					// Of a host that is just giving it up, or making it, too.
+					// Written again it is not deleted by that one.
+					replace = h.rev
+				default:
+					return 0, &heldError{h}
+				}
+			}
+			if err == nil || errors.Is(err, store.ErrNotFound) {
+				continue
+			}
+		}
+		unsure = unsure || errors.Is(err, store.ErrUncertain)
+		if errors.Is(err, store.ErrUncertain) && s.pause(ctx) {
+			continue
+		}
+		if unsure {
+			s.doubts(c.Nonce)
+			err = uncertain(err)
+		}
+		return 0, err
+	}
+}
+
+// dropAddress implements home. It deletes a record of this host only, and
+// exactly the one that it has read: what is deleted late is not another one.
+func (s *shared) dropAddress(ctx context.Context, k poolKey, a netip.Addr) error {
+	return s.outcome(ctx, k.claim(a), s.unclaim(ctx, k.claim(a)))
+}
+
+func (s *shared) unclaim(ctx context.Context, key string) error {
+	if s.claims == nil {
+		return errNoCluster
+	}
+	for {
+		r, err := s.Get(ctx, key)
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		if c := decodeClaim(r); c.Host != s.host || c.Kind == kindGateway {
+			return nil
+		}
+		if err := s.Remove(ctx, r); !errors.Is(err, store.ErrConflict) {
+			return err
+		}
+	}
+}
+
+// change changes the table of a space. f is called again when another host was
+// quicker, or when the outcome of a write is unknown; it reports whether there
+// is anything to write.
+func (s *shared) change(ctx context.Context, k poolKey, f func(*table) (bool, error)) error {
+	if s.claims == nil {
+		return errNoCluster
+	}
+	unsure := false
+	for {
+		t, rev, err := s.readTable(ctx, k)
+		if err == nil {
+			changed, err := f(&t)
+			if err != nil || !changed {
+				return err
+			}
+			if err = s.writeTable(ctx, k, t, rev); err == nil {
+				return nil
+			}
+			if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrExists) || errors.Is(err, store.ErrNotFound) {
+				continue
+			}
+			unsure = unsure || errors.Is(err, store.ErrUncertain)
+			if errors.Is(err, store.ErrUncertain) && s.pause(ctx) {
+				continue
+			}
+		}
+		if err != nil && unsure {
+			err = uncertain(err)
+		}
+		return err
+	}
+}
+
+func (s *shared) readTable(ctx context.Context, k poolKey) (t table, rev uint64, err error) {
+	r, err := s.Get(ctx, k.table())
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return t, 0, err
+	}
+	if err == nil {
+		t, err = decodeTable(r)
+		return t, r.Rev, err
+	}
+	t, err = decodeTable(store.Record{})
+	return t, 0, err
+}
+
+func (s *shared) writeTable(ctx context.Context, k poolKey, t table, rev uint64) error {
+	for prefix, p := range t.Pools {
+		if len(p.Hosts) == 0 {
+			delete(t.Pools, prefix)
+		}
+	}
+	r := store.Record{Key: k.table(), Rev: rev}
+	if len(t.Pools) == 0 {
+		return s.Remove(ctx, r)
+	}
+	var err error
+	if r.Value, err = json.Marshal(t); err == nil {
+		_, err = s.Put(ctx, r)
+	}
+	return err
+}
+
+// decodeTable reads a table; no record is an empty one.
+func decodeTable(r store.Record) (table, error) {
+	t := table{Version: recordVersion}
+	if r.Value != nil {
+		if err := decode(r.Key, r.Value, &t, &t.Version); err != nil {
+			return t, err
+		}
+	}
+	if t.Pools == nil {
+		t.Pools = map[netip.Prefix]*tablePool{}
+	}
+	for prefix, p := range t.Pools {
+		if p == nil {
+			return t, fmt.Errorf("record %s: nothing about pool %s", r.Key, prefix)
+		}
+		if p.Hosts == nil {
+			p.Hosts = map[string]member{}
+		}
+	}
+	return t, nil
+}
+
+// decodeClaim reads a claim. One that cannot be read is that of nobody known:
+// its address is taken all the same.
+func decodeClaim(r store.Record) heldClaim {
+	var c claim
+	if decode(r.Key, r.Value, &c, &c.Version) != nil {
+		c = claim{Name: "?"}
+	}
+	return heldClaim{c, r.Rev}
+}
+
+// pauseTime is between two writes of which the first had an unknown outcome.
+const pauseTime = 100 * time.Millisecond
+
+// pause reports whether there is time for another attempt.
+func (s *shared) pause(ctx context.Context) bool {
+	t := time.NewTimer(pauseTime)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+func uncertain(err error) error {
+	if errors.Is(err, store.ErrUncertain) {
+		return err
+	}
+	return fmt.Errorf("%w: %w", store.ErrUncertain, err)
+}
+
+func (s *shared) doubts(nonce string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.doubt[nonce] = true
+}
+
+func (s *shared) doubted(nonce string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.doubt[nonce]
+}
+
+func (s *shared) owes(key string) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.owed[key]
+}
+
+// outcome remembers a release that failed, over a restart, and forgets one that
+// is done. What is forgotten may be given out again, so that is not put off.
+func (s *shared) outcome(ctx context.Context, key string, err error) error {
+	if err == nil {
+		return s.forget(ctx, key)
+	}
+	return s.owe(ctx, key, err)
+}
+
+// owe writes down that a key has to go, which could not be deleted because of
+// err.
+func (s *shared) owe(ctx context.Context, key string, err error) error {
+	s.mu.Lock()
+	s.owed[key] = true // also if the disk does not say whether it has it
+	s.mu.Unlock()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), oweTime)
+	defer cancel()
+	if _, derr := s.disk.Put(ctx, store.Record{Key: owedKeys + key}); derr != nil && !errors.Is(derr, store.ErrExists) {
+		return fmt.Errorf("%w (and it could not be written down: %w)", err, derr)
+	}
+	return err
+}
+
+func (s *shared) forget(ctx context.Context, key string) error {
+	if !s.owes(key) {
+		return nil
+	}
+	if err := s.disk.Delete(ctx, owedKeys+key); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.owed, key)
+	return nil
+}
+
+// The engine waits 10 s for an answer; what fails is written down within that.
+const (
+	sharedTime = 7 * time.Second
+	oweTime    = 2 * time.Second
+)
