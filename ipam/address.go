@@ -98,6 +98,13 @@ func (i *IPAM) agreed(ctx context.Context, p *pool, want netip.Addr) (netip.Addr
 		return netip.Addr{}, fmt.Errorf("gateway %s of pool %s in space %s: host %s has given it %s: give the same on every host, or none",
 			want, p.prefix, p.spaceName(), tp.By, tp.Gateway)
 	}
+	if tp.Gateway.IsValid() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if !p.taken.has(tp.Gateway) {
+			p.take(tp.Gateway, heldClaim{claim: claim{Kind: kindGateway}})
+		}
+	}
 	return tp.Gateway, nil
 }
 
@@ -111,12 +118,15 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			p.mu.Unlock()
 			return netip.Addr{}, errPoolGone
 		}
-		if gw := p.gateway(); r.kind == kindGateway && gw.IsValid() && (p.space == GlobalSpace || p.adopted) && p.busy[gw] == nil {
+		if gw := p.gateway(); r.kind == kindGateway && gw.IsValid() && (p.space == GlobalSpace || p.adopted && !p.shared()) && p.busy[gw] == nil {
 			defer p.mu.Unlock()
 			p.stale.remove(gw)
 			return gw, nil // the network has its gateway already
 		}
 		a, ok := p.next(r)
+		if gw := p.gateway(); r.kind == kindGateway && p.shared() && gw.IsValid() && p.busy[gw] == nil {
+			a, ok = gw, true // of a host that died before all had agreed on it
+		}
 		if !ok && !relisted {
 			p.mu.Unlock()
 			relisted = true
@@ -269,7 +279,7 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, k kind, doubtfu
 		if p.shared() {
 			p.settled(a, k, rev, err)
 		}
-		delete(p.busy, a)
+		p.idle(a, b)
 	case errors.Is(err, store.ErrUncertain), doubtful:
 		b.queued = true
 		i.later(cleanup{pool: p, addr: a, busy: b})
@@ -277,7 +287,7 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, k kind, doubtfu
 		if !p.foreign(a) {
 			p.taken.remove(a)
 		}
-		delete(p.busy, a)
+		p.idle(a, b)
 	}
 	if err != nil && p.shared() && !errors.Is(err, store.ErrExists) {
 		err = fmt.Errorf("address in pool %s of space %s: %w", p.prefix, p.spaceName(), err)
@@ -307,7 +317,9 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 	defer cancel()
 	if id.shared() {
 		if err := i.loadShared(ctx); err != nil {
-			return i.shared.owe(ctx, id.claim(a), err)
+			if err = i.shared.owe(ctx, id.claim(a), err); !i.shared.known() {
+				return err
+			}
 		}
 	}
 	p := i.pool(id.poolKey)
@@ -350,8 +362,8 @@ func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 	}
 	p.taken.remove(a)
 	p.stale.remove(a)
-	delete(p.busy, a)
 	delete(p.gateways, a)
 	delete(p.mine, a)
+	p.idle(a, b)
 	return nil
 }

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/internal/store"
+	"github.com/weftnet/weft/internal/store/etcdtest"
 )
 
 // durable gives the house a store that syncs.
@@ -52,6 +53,30 @@ func BenchmarkRequestAddress(b *testing.B) {
 	for i := 0; b.Loop(); i++ {
 		t0 := time.Now()
 		if _, err := alone.Put(b.Context(), store.Record{Key: fmt.Sprintf("ipam/addr/weft-local,10.0.0.0/8/%09d", i), Value: value}); err != nil {
+			b.Fatal(err)
+		}
+		t1 := time.Now()
+		if _, err := h.requestAddress(b.Context(), r); err != nil {
+			b.Fatal(err)
+		}
+		theirs += t1.Sub(t0)
+		ours += time.Since(t1)
+	}
+	b.ReportMetric(float64(ours.Microseconds())/float64(b.N), "us/request")
+	b.ReportMetric(float64(theirs.Microseconds())/float64(b.N), "us/write")
+	b.ReportMetric(float64(ours)/float64(theirs), "x-write")
+}
+
+// BenchmarkSharedRequestAddress takes turns with one write to the same etcd.
+func BenchmarkSharedRequestAddress(b *testing.B) {
+	c := etcdtest.Start(b, etcdtest.Config{})
+	h := newHost(b, "alpha", openEtcd(b, c.Endpoints, ""))
+	r := benchPool(b, h, "space=blue,10.0.0.0/8")
+	value := make([]byte, 160)
+	var ours, theirs time.Duration
+	for i := 0; b.Loop(); i++ {
+		t0 := time.Now()
+		if _, err := h.shared.Put(b.Context(), store.Record{Key: fmt.Sprintf("alone/%09d", i), Value: value}); err != nil {
 			b.Fatal(err)
 		}
 		t1 := time.Now()

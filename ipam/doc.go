@@ -2,7 +2,7 @@
 // and addresses, and remembers on disk what it handed out.
 //
 // It owns the two address spaces, their pools, and the addresses in them. It
-// never touches the kernel, never frees an address on its own, and does not know
+// never touches the kernel, never frees an address that it granted, and does not know
 // what an endpoint is.
 //
 // # Words
@@ -14,6 +14,9 @@
 // (--ip-range) limits which addresses are chosen automatically, nothing else. A
 // pool ID names space, pool and sub-pool and is all that the engine keeps, so
 // it must mean the same for ever; one that we have lost is taken up again.
+//
+// A shared space (space=NAME) has pools that all hosts of a cluster hand out
+// addresses from. A host has a reference to each that it uses.
 //
 // # What is handed out twice
 //
@@ -34,6 +37,11 @@
 // and put the address on a list that [IPAM.Run] works off: until its record is
 // certainly gone nobody else gets the address.
 //
+// The records of a pool are in its home: this host's disk, or the store of the
+// cluster. There every host has a view of what others have, which is late, and
+// the write decides: see view.go and cluster.go. Until the store has answered
+// once, requests for shared spaces fail; others do not wait for it.
+//
 // The next free address after the last one is chosen, so that a released
 // address rests before it is used again (late releases, ARP caches). After a
 // restart the order goes on after the newest record. Automatic gateways are the
@@ -44,8 +52,9 @@
 // In this order: changes (a channel, because it is held across writes and its
 // waiters' contexts must count) serialises making and dropping pools; mu guards
 // the table of pools; each pool's mu guards that pool; queueMu guards the list
-// of what Run has to do. No mutex is held during a write, nor while the driver
-// or the kernel is asked something.
+// of what Run has to do, and shared.mu what is known of writes to the cluster.
+// No mutex is held during a write, nor while the driver or the kernel is asked
+// something.
 //
 // Entry points: [New], [IPAM.Load], [IPAM.Run], [IPAM.Register], [IPAM.Status],
 // [ParsePools].

@@ -110,6 +110,7 @@ func newPool(id poolID) *pool {
 type busy struct {
 	done   chan struct{} // closed when the write ends
 	queued bool          // it ended badly: the record has to go, see Run
+	news   func()        // what was heard of it last meanwhile, in a shared space
 }
 
 // kind is what an address was requested as.
@@ -303,20 +304,13 @@ func (i *IPAM) addPool(ctx context.Context, id poolID) error {
 		i.later(cleanup{pool: p})
 	case err != nil:
 		return err
-	case id.shared():
-		// What is there already: of other hosts, and of this one if its
-		// reference was deleted.
-		list, err := i.shared.List(ctx, p.poolKey.claims())
-		if err != nil {
-			break // the refusals will tell
-		}
-		if _, held, err := readSpaces(list); err == nil {
-			p.own(i.shared.host, held[id.poolKey])
-		}
 	}
 	i.mu.Lock()
 	i.pools[id.poolKey] = p
 	i.mu.Unlock()
+	if err == nil && id.shared() {
+		i.fill(ctx, p)
+	}
 	return err
 }
 
@@ -360,7 +354,9 @@ func (i *IPAM) releasePool(ctx context.Context, id poolID) error {
 	defer cancel()
 	if id.shared() {
 		if err := i.loadShared(ctx); err != nil {
-			return i.shared.owe(ctx, id.owed(), err)
+			if err = i.shared.owe(ctx, id.owed(), err); !i.shared.known() {
+				return err
+			}
 		}
 	}
 	p := i.pool(id.poolKey)

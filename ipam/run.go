@@ -110,7 +110,7 @@ func (i *IPAM) settleOne(ctx context.Context, c cleanup) error {
 		p.mu.Unlock()
 		return nil // gone with its pool, or somebody has taken the address over
 	}
-	b := &busy{done: make(chan struct{})}
+	b := &busy{done: make(chan struct{}), news: c.busy.news}
 	p.busy[c.addr] = b
 	p.mu.Unlock()
 	return i.free(ctx, p, c.addr, b)

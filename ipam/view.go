@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"maps"
+	"math"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/weftnet/weft/internal/store"
@@ -24,10 +26,7 @@ func (i *IPAM) loadShared(ctx context.Context) error {
 	if s.claims == nil {
 		return errNoCluster
 	}
-	s.mu.Lock()
-	loaded := s.loaded
-	s.mu.Unlock()
-	if loaded {
+	if s.known() {
 		return nil
 	}
 	release, err := i.change(ctx)
@@ -35,7 +34,7 @@ func (i *IPAM) loadShared(ctx context.Context) error {
 		return err
 	}
 	defer release()
-	if s.loaded { // changes with changes only
+	if s.known() {
 		return nil
 	}
 	list, err := s.List(ctx, spaceKeys)
@@ -61,14 +60,9 @@ func (i *IPAM) loadShared(ctx context.Context) error {
 	for k, addrs := range held {
 		if p := pools[k]; p != nil {
 			p.own(s.host, addrs)
-		} else if t := tables[k.space]; t.Pools[k.prefix] == nil {
-			err = errors.Join(err, s.sweep(ctx, k, addrs))
 		}
 	}
-	if err == nil {
-		err = i.loadOwed(ctx, pools)
-	}
-	if err != nil {
+	if err := s.loadOwed(ctx); err != nil {
 		return err
 	}
 	i.mu.Lock()
@@ -77,13 +71,25 @@ func (i *IPAM) loadShared(ctx context.Context) error {
 	s.mu.Lock()
 	s.loaded = true
 	s.mu.Unlock()
-	return nil
+	// Not before: who has a release to write down now sees that it is not needed.
+	return i.resume(ctx)
 }
 
-// own fills a pool that no other goroutine knows yet.
+// known reports whether the pools of this host are.
+func (s *shared) known() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.loaded
+}
+
+// own takes over what there is in a pool that was just found or joined; p.mu is
+// held, or nobody else knows p.
 func (p *pool) own(host string, addrs map[netip.Addr]heldClaim) {
 	newest := uint64(0)
 	for a, h := range addrs {
+		if p.taken.has(a) {
+			continue // there is newer news
+		}
 		if h.Host != host || h.Kind == kindGateway {
 			p.take(a, h)
 			continue
@@ -96,58 +102,66 @@ func (p *pool) own(host string, addrs map[netip.Addr]heldClaim) {
 	}
 }
 
-// sweep finishes the release of a pool that nobody has any more, where this
-// host died in it.
-func (s *shared) sweep(ctx context.Context, k poolKey, addrs map[netip.Addr]heldClaim) error {
-	for a, h := range addrs {
-		if h.Host != s.host {
-			continue
-		}
-		if err := s.Remove(ctx, store.Record{Key: k.claim(a), Rev: h.rev}); err != nil && !errors.Is(err, store.ErrConflict) {
-			return err
-		}
-	}
-	return nil
-}
-
-// loadOwed goes on with the releases that could not be finished before the
-// process ended.
-func (i *IPAM) loadOwed(ctx context.Context, pools map[poolKey]*pool) error {
-	list, err := i.shared.disk.List(ctx, owedKeys)
-	if err != nil {
-		return err
-	}
+// loadOwed reads the releases that could not be finished before the process
+// ended.
+func (s *shared) loadOwed(ctx context.Context) error {
+	list, err := s.disk.List(ctx, owedKeys)
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	for _, r := range list {
-		key := strings.TrimPrefix(r.Key, owedKeys)
-		i.shared.mu.Lock()
-		i.shared.owed[key] = true
-		i.shared.mu.Unlock()
+		s.owed[strings.TrimPrefix(r.Key, owedKeys)] = true
+	}
+	return err
+}
+
+// resume goes on with them. The caller holds changes.
+func (i *IPAM) resume(ctx context.Context) error {
+	i.shared.mu.Lock()
+	owed := slices.Collect(maps.Keys(i.shared.owed))
+	i.shared.mu.Unlock()
+	for _, key := range owed {
 		k, a, ok := parseSpaceKey(key)
-		p := pools[k]
-		if ok && p != nil && !a.IsValid() {
-			p.releasing, p.closed = true, true
-			i.later(cleanup{pool: p})
-			continue
+		p := i.pool(k)
+		if ok && !a.IsValid() && p == nil { // left already, but not all of its addresses are gone
+			p = newPool(poolID{poolKey: k})
+			i.mu.Lock()
+			i.pools[k] = p
+			i.mu.Unlock()
 		}
-		if ok && p != nil && p.mine[a] != 0 {
-			i.stray(p, a)
-			continue
-		}
-		if err := i.shared.forget(ctx, key); err != nil {
-			return err
+		if !ok || p == nil || !i.resumeOne(p, a) {
+			if err := i.shared.forget(ctx, key); err != nil {
+				return err
+			}
 		}
 	}
 	return nil
 }
 
-// stray puts an address on the list of Run that this host has and should not
-// have; p.mu is held, or nobody else knows p.
-func (i *IPAM) stray(p *pool, a netip.Addr) {
+// resumeOne reports whether there is anything to release.
+func (i *IPAM) resumeOne(p *pool, a netip.Addr) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case !a.IsValid():
+		p.releasing, p.closed = true, true
+		i.later(cleanup{pool: p})
+	case p.busy[a] != nil: // somebody is at it
+	case p.mine[a] != 0:
+		i.later(p.stray(a))
+	default:
+		return false
+	}
+	return true
+}
+
+// stray is what Run has to do about an address that this host has and should
+// not have; p.mu is held, or nobody else knows p.
+func (p *pool) stray(a netip.Addr) cleanup {
 	b := &busy{done: make(chan struct{}), queued: true}
 	close(b.done)
 	p.taken.add(a)
 	p.busy[a] = b
-	i.later(cleanup{pool: p, addr: a, busy: b})
+	return cleanup{pool: p, addr: a, busy: b}
 }
 
 // readSpaces sorts the records of the cluster.
@@ -176,10 +190,10 @@ func readSpaces(list []store.Record) (map[string]table, map[poolKey]map[netip.Ad
 // follow keeps what is known of the cluster up to date until ctx ends.
 func (i *IPAM) follow(ctx context.Context) error {
 	err := i.feed.Follow(ctx, spaceKeys, func(list []store.Record) { i.snapshot(ctx, list) }, i.event)
-	if ctx.Err() != nil {
-		return nil
+	if ctx.Err() == nil {
+		return err
 	}
-	return err
+	return nil
 }
 
 func (i *IPAM) snapshot(ctx context.Context, list []store.Record) {
@@ -239,9 +253,23 @@ func (i *IPAM) sharedPools() []*pool {
 	return out
 }
 
+// fill tells a new pool what others have in it, and what this host has there
+// if somebody deleted its reference. Where that fails, refusals will tell.
+func (i *IPAM) fill(ctx context.Context, p *pool) {
+	list, err := i.shared.List(ctx, p.claims())
+	if err != nil {
+		return
+	}
+	if _, held, err := readSpaces(list); err == nil {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.own(i.shared.host, held[p.poolKey])
+	}
+}
+
 // relist reads the addresses of one pool.
 func (i *IPAM) relist(ctx context.Context, p *pool) error {
-	list, err := i.shared.List(ctx, p.poolKey.claims())
+	list, err := i.shared.List(ctx, p.claims())
 	if err != nil {
 		return err
 	}
@@ -258,7 +286,7 @@ func (i *IPAM) refresh(p *pool, held map[netip.Addr]heldClaim) {
 	defer p.mu.Unlock()
 	for a := range p.others {
 		if _, ok := held[a]; !ok {
-			i.noteGone(p, a, 0)
+			i.noteGone(p, a, math.MaxUint64)
 		}
 	}
 	for a, rev := range p.mine {
@@ -273,16 +301,20 @@ func (i *IPAM) refresh(p *pool, held map[netip.Addr]heldClaim) {
 
 // note takes over that somebody has an address; p.mu is held.
 func (i *IPAM) note(p *pool, a netip.Addr, h heldClaim) {
+	if b := p.busy[a]; b != nil {
+		b.news = func() { i.note(p, a, h) }
+		return
+	}
 	rev, mine := p.mine[a]
 	ours := h.Host == i.shared.host && h.Kind != kindGateway
 	switch {
-	case p.busy[a] != nil || mine && (ours || h.rev < rev):
+	case mine && (ours || h.rev < rev):
 	case ours && i.shared.doubted(h.Nonce):
-		i.stray(p, a) // a write that was given up has landed
+		i.later(p.stray(a)) // a write that was given up has landed
 	default:
 		if mine {
 			delete(p.mine, a)
-			i.log.WithField("pool", p.prefix.String()).Warnf("address %s %s, and was given to a container of this host before", a, &heldError{h})
+			i.lost(p, a, h)
 		}
 		p.take(a, h)
 	}
@@ -292,6 +324,7 @@ func (i *IPAM) note(p *pool, a netip.Addr, h heldClaim) {
 func (p *pool) take(a netip.Addr, h heldClaim) {
 	p.taken.add(a)
 	p.others[a] = h
+	delete(p.gateways, a)
 	if h.Kind == kindGateway {
 		p.gateways[a] = h.rev
 	}
@@ -299,10 +332,13 @@ func (p *pool) take(a netip.Addr, h heldClaim) {
 
 // noteGone takes over that a record was deleted, at a revision; p.mu is held.
 func (i *IPAM) noteGone(p *pool, a netip.Addr, at uint64) {
-	if p.busy[a] != nil {
+	if b := p.busy[a]; b != nil {
+		b.news = func() { i.noteGone(p, a, at) }
 		return
 	}
-	if _, ok := p.others[a]; ok {
+	if h, ok := p.others[a]; ok && at < h.rev {
+		return
+	} else if ok {
 		delete(p.others, a)
 		delete(p.gateways, a)
 		p.taken.remove(a)
@@ -367,16 +403,34 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	close(b.done)
-	delete(p.busy, c.addr)
+	defer p.idle(c.addr, b)
 	var held *heldError
 	switch {
 	case err == nil:
 		p.mine[c.addr] = rev
+	case errors.As(err, &held) && held.Host == i.shared.host:
+		return nil // it was there all the time
 	case errors.As(err, &held):
-		i.note(p, c.addr, held.heldClaim) // ours still, or somebody's
+		delete(p.mine, c.addr)
+		p.take(c.addr, held.heldClaim)
+		i.lost(p, c.addr, held.heldClaim)
 		return nil
 	}
 	return err
+}
+
+// lost tells that a host has what a container of this one has too.
+func (i *IPAM) lost(p *pool, a netip.Addr, h heldClaim) {
+	i.log.WithField("pool", p.prefix.String()).Warnf("address %s %s, and was given to a container of this host before", a, &heldError{h})
+}
+
+// idle ends an address's being busy, and goes on with what was heard of it
+// meanwhile; p.mu is held.
+func (p *pool) idle(a netip.Addr, b *busy) {
+	delete(p.busy, a)
+	if b.news != nil {
+		b.news()
+	}
 }
 
 // within gives a request to the cluster its time.
