@@ -23,15 +23,22 @@ const (
 // defaultGrace is how long what leads to a silent host stays.
 const defaultGrace = 10 * time.Minute
 
+// identity is what other hosts know this one by, and its name for people.
+func identity(ctx context.Context, p *parts) (id, name string, err error) {
+	if id, err = overlay.Identity(ctx, p.weft); err != nil {
+		return "", "", fmt.Errorf("find out which host this is: %w", err)
+	}
+	if name, err = os.Hostname(); err != nil {
+		return "", "", fmt.Errorf("find out the host's name: %w", err)
+	}
+	return id, name, nil
+}
+
 // newCluster makes what joins this host with others, as the settings say.
 func newCluster(ctx context.Context, s settings, p *parts, log *logrus.Logger) (*overlay.Cluster, error) {
-	id, err := overlay.Identity(ctx, p.weft)
+	id, name, err := identity(ctx, p)
 	if err != nil {
-		return nil, fmt.Errorf("find out which host this is: %w", err)
-	}
-	name, err := os.Hostname()
-	if err != nil {
-		return nil, fmt.Errorf("find out the host's name: %w", err)
+		return nil, err
 	}
 	join := overlay.Join{}
 	if join.Peers, err = overlay.ParsePeers(s.peers); err != nil {

@@ -156,10 +156,16 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if p.driver, err = driver.New(c); err != nil {
 		return p, err
 	}
-	p.ipam, err = ipam.New(ipam.Config{
+	a := ipam.Config{
 		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Vet: p.driver.Vet, Pools: pools, Log: log,
-	})
-	if err != nil {
+	}
+	if p.shared != nil {
+		a.Shared = p.shared
+		if a.HostID, a.HostName, err = identity(ctx, p); err != nil {
+			return p, err
+		}
+	}
+	if p.ipam, err = ipam.New(a); err != nil {
 		return p, err
 	}
 	if err := p.driver.Recover(ctx); err != nil {

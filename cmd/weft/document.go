@@ -128,9 +128,13 @@ func port(p driver.PortStatus) string {
 }
 
 func (d document) pools() [][]string {
-	rows := [][]string{{"POOL", "SPACE", "RANGE", "GATEWAY", "USED", "SIZE"}}
+	rows := [][]string{{"POOL", "SPACE", "RANGE", "GATEWAY", "USED", "ALL HOSTS", "SIZE"}}
 	for _, p := range d.Pools {
-		rows = append(rows, []string{p.Pool, p.Space, orDash(p.SubPool), orDash(p.Gateway), fmt.Sprint(p.Used), p.Size})
+		all := "-" // a pool of this host
+		if p.UsedByAll > 0 {
+			all = fmt.Sprint(p.UsedByAll)
+		}
+		rows = append(rows, []string{p.Pool, p.Space, orDash(p.SubPool), orDash(p.Gateway), fmt.Sprint(p.Used), all, p.Size})
 	}
 	return rows
 }

@@ -104,6 +104,7 @@ func example() document {
 		Pools: []ipam.PoolStatus{
 			{ID: "x", Space: "weft-local", Pool: "10.1.0.0/24", SubPool: "10.1.0.128/25", Gateway: "10.1.0.1", Used: 2, Size: "254"},
 			{ID: "y", Space: "weft-local", Pool: "fd00::/64", Used: 1, Size: "18446744073709551615"},
+			{ID: "z", Space: "blue", Pool: "10.44.0.0/16", Gateway: "10.44.0.1", Used: 1, UsedByAll: 4, Size: "65534"},
 		},
 	}
 }
@@ -140,9 +141,10 @@ const wantEndpoints = `ENDPOINT      NETWORK       ADDRESSES         MAC        
 cdababababab  abababababab  10.1.0.2,fd00::2  02:00:00:00:00:01  wfv1  up     0.0.0.0:8080->80/tcp,[fd00::2]:53/udp
 `
 
-const wantPools = `POOL         SPACE       RANGE          GATEWAY   USED  SIZE
-10.1.0.0/24  weft-local  10.1.0.128/25  10.1.0.1  2     254
-fd00::/64    weft-local  -              -         1     18446744073709551615
+const wantPools = `POOL          SPACE       RANGE          GATEWAY    USED  ALL HOSTS  SIZE
+10.1.0.0/24   weft-local  10.1.0.128/25  10.1.0.1   2     -          254
+fd00::/64     weft-local  -              -          1     -          18446744073709551615
+10.44.0.0/16  blue        -              10.44.0.1  1     4          65534
 `
 
 const wantDrift = `the kernel was compared with the records at 2026-11-20T12:00:00Z
