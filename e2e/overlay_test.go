@@ -62,12 +62,13 @@ func (e *engine) addresses(tb testing.TB, container, network string) []string {
 	return strings.Fields(e.must(tb, "inspect", "-f", format, container))
 }
 
-// reach waits until every container of the list reaches every other one.
-func (all members) reach(tb testing.TB, network string, containers []string) {
+// reach waits until every container of the list reaches every other one on the
+// network blue.
+func (all members) reach(tb testing.TB, containers []string) {
 	tb.Helper()
 	for i, from := range all {
 		for j, to := range all {
-			for _, a := range to.addresses(tb, containers[j], network) {
+			for _, a := range to.addresses(tb, containers[j], "blue") {
 				from.dials(tb, containers[i], a, to.name)
 			}
 		}
@@ -106,7 +107,7 @@ func TestOverlayPeers(t *testing.T) {
 	for i, e := range all {
 		e.run(t, containers[i], "--network", "blue", "--hostname", e.name)
 	}
-	all.reach(t, "blue", containers)
+	all.reach(t, containers)
 	all.agree(t, "blue")
 	for _, e := range all {
 		e.checkAgrees(t)

@@ -2,7 +2,7 @@
 # Installs the Debian packages that the tests need, those that are missing.
 set -euo pipefail
 need=(gcc libc6-dev docker.io docker-compose iptables nftables iproute2 busybox-static conntrack
-	tcpdump debootstrap procps kmod cpio qemu-system-x86 ca-certificates etcd-server)
+	tcpdump debootstrap procps kmod cpio qemu-system-x86 ca-certificates etcd-server curl)
 missing=()
 for p in "${need[@]}"; do
 	dpkg-query -W -f '${Status}' "$p" 2>/dev/null | grep -q 'ok installed' || missing+=("$p")
