@@ -96,7 +96,7 @@ func TestOverlayFaults(t *testing.T) {
 		e.run(t, containers[i], "--network", "blue", "--hostname", e.name)
 	}
 	all.exact(t, "blue", 10*time.Second)
-	all.reach(t, "blue", containers)
+	all.reach(t, containers)
 	one, two, three := all[0], all[1], all[2]
 	to := two.addresses(t, "beta", "blue")[0]
 	// start sends numbered datagrams, which come back.
@@ -176,7 +176,7 @@ func TestOverlayFaults(t *testing.T) {
 		f.whole(t)
 		three.must(t, "start", "gamma")
 		all.exact(t, "blue", 10*time.Second)
-		all.reach(t, "blue", containers)
+		all.reach(t, containers)
 		all.settled(t)
 	})
 	ok = ok && t.Run("host renamed", func(t *testing.T) {
