@@ -32,7 +32,7 @@ run: plugin ## start an engine if there is none, enable the plugin, show two con
 test: deps unit plugin e2e vm ## run every test, installing what they need (root, Debian)
 
 unit: ## tests without an engine; those of the kernel run in namespaces of their own
-	REQUIRE_NETNS=1 $(GO) test -race -shuffle=on -timeout 15m ./...
+	REQUIRE_NETNS=1 $(GO) test -race -shuffle=on -p 3 -timeout 15m ./...
 
 e2e: ## tests with a real engine: ENGINE=20 (Debian 12) or ENGINE=28 (Debian sid)
 	ENGINE=$(ENGINE) $(GO) test -tags=e2e,nosystemd -count=1 -timeout 40m -v ./e2e/
