@@ -37,7 +37,7 @@ unit: ## tests without an engine; those of the kernel run in namespaces of their
 e2e: ## tests with a real engine: ENGINE=20 (Debian 12) or ENGINE=28 (Debian sid)
 	ENGINE=$(ENGINE) $(GO) test -tags=e2e,nosystemd -count=1 -timeout 40m -v ./e2e/
 
-soak: deps plugin ## faults of clusters as long as real ones, 200 hosts, and engines 20 and 28 in one swarm
+soak: deps plugin ## faults of clusters as long as real ones, and 200 hosts
 	WEFT_SOAK=1 $(GO) test -count=1 -timeout 30m -v -run 'Gossip|Scale' ./overlay
 	WEFT_SOAK=1 ENGINE=$(ENGINE) $(GO) test -tags=e2e,nosystemd -count=1 -timeout 60m -v -run 'Overlay|Cluster' ./e2e/
 

@@ -23,7 +23,7 @@
 // E2E_IPAM=engine gives networks of ours the engine's addresses; E2E_PROBE=FILE
 // is the probe's binary, else it is built; E2E_SLOW=N multiplies the limits of
 // time, for emulated processors; E2E_LOGS=DIR keeps the daemon logs of failed
-// tests; WEFT_SOAK=1 makes faults of clusters last as long as real ones do, and
-// runs what needs a second engine; REQUIRE_KERNEL=1 makes tests fail that are otherwise skipped because
-// the kernel lacks what they are about.
+// tests; WEFT_SOAK=1 makes faults of clusters last as long as real ones do;
+// REQUIRE_KERNEL=1 makes tests fail that are otherwise skipped because the kernel
+// lacks what they are about.
 package e2e

@@ -597,9 +597,6 @@ func TestGossipPartition(t *testing.T) {
 	for _, away := range []time.Duration{0, 40 * time.Second} { // memberlist forgets who was dead for 30 s
 		t.Run(away.String(), func(t *testing.T) {
 			t.Parallel()
-			if away > 0 && !soak() {
-				t.Skip("takes a minute: set WEFT_SOAK")
-			}
 			w := newWires()
 			nodes := w.cluster(t, 4)
 			for i, x := range nodes {
