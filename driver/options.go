@@ -1,7 +1,6 @@
 package driver
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -267,7 +266,7 @@ func unknownOption(mode, key string) error {
 		}
 	}
 	slices.Sort(valid)
-	return fmt.Errorf("option %q is not known in mode %s: did you mean %q? valid are %s", clip(key), mode, nearest(key, valid), strings.Join(valid, ", "))
+	return fmt.Errorf("option %q is not known in mode %s: did you mean %q? valid are %s", clip(key), mode, plugin.Nearest(key, valid), strings.Join(valid, ", "))
 }
 
 // engineKeys begin with this in the options of an endpoint; the rest was typed by the
@@ -450,39 +449,4 @@ func checkLinkName(name string, most int) error {
 // clip bounds what a user's typing adds to an error, and keeps it on one line.
 func clip(s string) string {
 	return strings.ToValidUTF8(strings.ReplaceAll(s[:min(len(s), 80)], "\n", " "), "?")
-}
-
-// nearest is the valid name with the fewest edits from name, or from which
-// its last part has: people leave the long prefix out.
-func nearest(name string, valid []string) string {
-	name = strings.ToLower(name)
-	last := func(s string) string { return s[strings.LastIndexByte(s, '.')+1:] }
-	return slices.MinFunc(valid, func(a, b string) int {
-		return cmp.Or(
-			min(edits(name, a), edits(last(name), last(a)))-min(edits(name, b), edits(last(name), last(b))),
-			edits(name, a)-edits(name, b))
-	})
-}
-
-// edits is the Levenshtein distance, in bytes; a and b are cut so that
-// nobody pays for a name of a megabyte.
-func edits(a, b string) int {
-	a, b = a[:min(len(a), 80)], b[:min(len(b), 80)]
-	row := make([]int, len(b)+1)
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			change := diagonal
-			if a[i] != b[j] {
-				change++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(change, row[j]+1, row[j+1]+1)
-		}
-	}
-	return row[len(b)]
 }

@@ -18,6 +18,7 @@ type addressRequest struct {
 	id   poolID
 	want netip.Addr // zero: choose one
 	kind kind
+	name string // what the address is to be kept for; "" for nothing
 }
 
 func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Prefix, error) {
@@ -29,19 +30,22 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 	var err error
 	for range mostSquatters {
 		var a netip.Prefix
-		if a, err = i.grant(ctx, r); err != nil || i.vet == nil || r.kind == kindGateway || r.id.space == GlobalSpace {
+		var reserved bool
+		if a, reserved, err = i.grant(ctx, r); err != nil || i.vet == nil || r.kind == kindGateway || r.id.space == GlobalSpace {
 			return a, err
 		}
 		if err = i.vet(ctx, r.id.prefix, a.Addr()); err == nil {
 			return a, nil
 		}
 		// Whoever has it was not asked by us: back with it, and on to the next.
+		// A name keeps what it is bound to for the next time.
 		if rerr := i.releaseAddress(context.WithoutCancel(ctx), r.id, a.Addr()); rerr != nil {
 			return netip.Prefix{}, fmt.Errorf("%w (and giving it back: %w)", err, rerr)
 		}
-		if r.want.IsValid() || ctx.Err() != nil {
+		if r.want.IsValid() || reserved || ctx.Err() != nil {
 			return netip.Prefix{}, err
 		}
+		r.name = ""
 	}
 	return netip.Prefix{}, fmt.Errorf("%d addresses in a row are held by others, the last one: %w", mostSquatters, err)
 }
@@ -51,39 +55,50 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 // one takes some 300 ms to tell.
 const mostSquatters = 32
 
-// grant hands out an address of the pool.
-func (i *IPAM) grant(ctx context.Context, r addressRequest) (netip.Prefix, error) {
+// grant hands out an address of the pool, and reports whether it is reserved for
+// the name.
+func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, reserved bool, err error) {
 	if r.id.shared() {
 		if err := i.loadShared(ctx); err != nil {
-			return netip.Prefix{}, fmt.Errorf("address in pool %s of space %s: %w", r.id.prefix, r.id.spaceName(), err)
+			return netip.Prefix{}, false, fmt.Errorf("address in pool %s of space %s: %w", r.id.prefix, r.id.spaceName(), err)
 		}
 	}
 	for range 3 {
 		p, err := i.find(ctx, r.id)
 		if err != nil {
-			return netip.Prefix{}, err
+			return netip.Prefix{}, false, err
 		}
 		var a netip.Addr
-		r := r
+		r, again := r, false
+		if !p.shared() && r.kind != kindGateway {
+			if reserved, err = i.call(ctx, p, &r); err != nil {
+				return netip.Prefix{}, false, err
+			}
+		}
 		if r.kind == kindGateway && p.shared() {
 			r.id.sub = netip.Prefix{} // the range is this host's, the gateway is everybody's
 			if a, err = i.agreed(ctx, p, r.want); err != nil || a.IsValid() {
-				return p.with(a), err
+				return p.with(a), false, err
 			}
 		}
 		if r.want.IsValid() {
-			a, err = r.want, i.explicit(ctx, p, r)
+			a = r.want
+			again, err = i.explicit(ctx, p, r)
 		} else {
 			a, err = i.choose(ctx, p, r)
 		}
 		if err == nil {
-			return p.with(a), nil
+			if !p.shared() && !again {
+				i.bind(ctx, p, a, r.name)
+			}
+			return p.with(a), reserved, nil
 		}
-		if !errors.Is(err, errPoolGone) && !errors.Is(err, errOtherGateway) {
-			return netip.Prefix{}, err
+		taken := r.kind == kindNamed && errors.As(err, new(takenError)) // somebody was quicker: look again
+		if !errors.Is(err, errPoolGone) && !errors.Is(err, errOtherGateway) && !taken {
+			return netip.Prefix{}, false, err
 		}
 	}
-	return netip.Prefix{}, fmt.Errorf("address in pool %s: %w", r.id.prefix, errPoolGone)
+	return netip.Prefix{}, false, fmt.Errorf("address in pool %s: %w", r.id.prefix, errPoolGone)
 }
 
 // agreed returns the gateway that the hosts of a space have given a pool, if
@@ -135,6 +150,10 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			}
 			continue
 		}
+		var lost []binding
+		if !ok {
+			a, lost, ok = p.oldest(r.id)
+		}
 		if !ok {
 			defer p.mu.Unlock()
 			return netip.Addr{}, p.exhausted(r.id)
@@ -146,8 +165,9 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 		p.taken.add(a)
 		p.busy[a] = &busy{done: make(chan struct{})}
 		p.mu.Unlock()
+		i.forgetNames(ctx, p, lost)
 
-		err := i.write(ctx, p, a, r.kind, false)
+		err := i.write(ctx, p, a, r, false)
 		if errors.Is(err, store.ErrExists) {
 			continue // another host was quicker; the address stays marked
 		}
@@ -180,11 +200,15 @@ func (p *pool) exhausted(id poolID) error {
 	if id.sub.IsValid() {
 		return fmt.Errorf("no free address left in %s of pool %s: all %s are in use", id.sub, p.prefix, count(id.auto()))
 	}
+	if n := len(p.reservedFor); n > 0 {
+		return fmt.Errorf("no free address left in pool %s: %d of %s are in use, and %d are reserved", p.prefix, p.taken.len(), p.size(), n)
+	}
 	return fmt.Errorf("no free address left in pool %s: %d of %s are in use", p.prefix, p.taken.len(), p.size())
 }
 
-// explicit hands out a given address.
-func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) error {
+// explicit hands out a given address, and reports whether it was handed out
+// before.
+func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) (again bool, err error) {
 	shared, asked := p.space == GlobalSpace, false
 	for {
 		p.mu.Lock()
@@ -193,19 +217,19 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) error {
 		switch {
 		case p.closed:
 			p.mu.Unlock()
-			return errPoolGone
+			return false, errPoolGone
 		case b != nil && !b.queued:
 			p.mu.Unlock()
 			select {
 			case <-b.done:
 				continue
 			case <-ctx.Done():
-				return fmt.Errorf("address %s of pool %s is still being written: %w", r.want, p.prefix, ctx.Err())
+				return false, fmt.Errorf("address %s of pool %s is still being written: %w", r.want, p.prefix, ctx.Err())
 			}
 		case b == nil && p.taken.has(r.want) && !p.foreign(r.want):
 			if p.stale.remove(r.want) || shared {
 				p.mu.Unlock()
-				return nil
+				return true, nil
 			}
 			if !asked {
 				p.mu.Unlock()
@@ -214,23 +238,23 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) error {
 				continue
 			}
 			defer p.mu.Unlock()
-			return p.refuse(r)
+			return false, p.refuse(r)
 		}
 		// Free, or about to be freed by Run, which lets go of it here, or
 		// another host's as far as this one knows.
 		p.taken.add(r.want)
 		p.busy[r.want] = &busy{done: make(chan struct{})}
 		p.mu.Unlock()
-		err := i.write(ctx, p, r.want, r.kind, b != nil)
+		err := i.write(ctx, p, r.want, r, b != nil)
 		if errors.Is(err, store.ErrExists) && b != nil && !p.shared() {
-			return nil // the write before, whose outcome nobody knew
+			return false, nil // the write before, whose outcome nobody knew
 		}
 		if errors.Is(err, store.ErrExists) {
 			p.mu.Lock()
 			defer p.mu.Unlock()
-			return p.refuse(r)
+			return false, p.refuse(r)
 		}
-		return err
+		return false, err
 	}
 }
 
@@ -240,6 +264,9 @@ func (p *pool) foreign(a netip.Addr) bool { _, ok := p.others[a]; return ok }
 // refuse says that an address is taken, and what is not; p.mu is held.
 func (p *pool) refuse(r addressRequest) error {
 	free := "none is free"
+	if n := len(p.since); n > 0 {
+		free = fmt.Sprintf("%d were released only just now or are kept for a name", n)
+	}
 	if a, ok := p.next(addressRequest{id: r.id}); ok {
 		free = "next free is " + a.String()
 	}
@@ -247,8 +274,11 @@ func (p *pool) refuse(r addressRequest) error {
 	if h, ok := p.others[r.want]; ok {
 		why = (&heldError{h}).Error()
 	}
-	return fmt.Errorf("address %s of pool %s %s: %s; %d of %s used", r.want, p.prefix, why, free, p.taken.len(), p.size())
+	return takenError{fmt.Errorf("address %s of pool %s %s: %s; %d of %s used", r.want, p.prefix, why, free, p.taken.len(), p.size())}
 }
+
+// takenError is the refusal of an address that somebody has.
+type takenError struct{ error }
 
 // gateway returns the newest gateway, if any; p.mu is held.
 func (p *pool) gateway() netip.Addr {
@@ -263,8 +293,9 @@ func (p *pool) gateway() netip.Addr {
 
 // write writes the record of an address that is marked as taken and busy, and
 // ends its being busy. doubtful: there may be a record from a write before.
-func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, k kind, doubtful bool) error {
-	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k)
+func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressRequest, doubtful bool) error {
+	k := r.kind
+	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k, r.name)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	b := p.busy[a]
@@ -353,13 +384,18 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 	err := i.home(p.poolKey).dropAddress(ctx, p.poolKey, a)
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	close(b.done)
 	if err != nil {
+		defer p.mu.Unlock()
 		b.queued = true
 		i.later(cleanup{pool: p, addr: a, busy: b})
 		return err
 	}
+	if _, gateway := p.gateways[a]; !gateway {
+		p.rested(a, i.now())
+	}
+	defer i.released(ctx, p, a)
+	defer p.mu.Unlock()
 	p.taken.remove(a)
 	p.stale.remove(a)
 	delete(p.gateways, a)

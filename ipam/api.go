@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
-	"strings"
 
 	"github.com/docker/go-plugins-helpers/ipam"
 
@@ -60,19 +59,26 @@ func (i *IPAM) RequestPool(ctx context.Context, req ipam.RequestPoolRequest) (ip
 
 func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {
 	r := poolRequest{v6: req.V6}
-	name, err := parseOptions(req.Options)
-	if err != nil {
-		return r, err
-	}
 	r.space = req.AddressSpace
 	if r.space != LocalSpace && r.space != GlobalSpace {
 		return r, fmt.Errorf("there is no address space %q, only %s and %s", r.space, LocalSpace, GlobalSpace)
 	}
-	if name != "" {
+	p, err := netip.ParsePrefix(req.Pool)
+	if err != nil && req.Pool != "" {
+		return r, fmt.Errorf("subnet %q: %w", req.Pool, err)
+	}
+	given := err == nil && !p.Addr().IsUnspecified()
+	if given {
+		r.prefix = p.Masked()
+	}
+	if r.opts, err = parseOptions(req.Options, r.prefix); err != nil {
+		return r, err
+	}
+	if name := r.opts.space; name != "" {
 		switch {
 		case r.space == GlobalSpace:
 			return r, fmt.Errorf("ipam option space=%s: the leader of a swarm hands out addresses for all nodes already: leave it out", name)
-		case req.Pool == "" || strings.HasPrefix(req.Pool, "0.0.0.0/") || strings.HasPrefix(req.Pool, "::/"):
+		case !given:
 			return r, fmt.Errorf("ipam option space=%s: give the subnet that all hosts share with --subnet, the same on every host", name)
 		}
 		r.space = spaceOption + name
@@ -83,20 +89,17 @@ func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {
 		}
 		return r, nil
 	}
-	p, err := netip.ParsePrefix(req.Pool)
-	if err != nil {
-		return r, fmt.Errorf("subnet %q: %w", req.Pool, err)
-	}
 	// From 29.0 on the engine passes "--subnet 0.0.0.0/26" on: a /26 from
 	// the pools, whichever.
 	if p.Addr().IsUnspecified() && p.Bits() > 0 {
+		r.prefix = netip.Prefix{}
 		if most := p.Addr().BitLen() - 2; p.Bits() > most || req.SubPool != "" {
 			return r, fmt.Errorf("subnet %s asks for any subnet of that size: at most /%d, and without ip-range", p, most)
 		}
 		r.bits, r.v6 = p.Bits(), p.Addr().Is6()
 		return r, nil
 	}
-	r.prefix = p.Masked()
+	r.prefix = p.Masked() // 0.0.0.0/0, too, which is refused
 	if req.SubPool != "" {
 		if r.sub, err = netip.ParsePrefix(req.SubPool); err != nil {
 			return r, fmt.Errorf("ip-range %q: %w", req.SubPool, err)
@@ -150,6 +153,8 @@ func parseAddressRequest(req ipam.RequestAddressRequest) (addressRequest, error)
 	}
 	if req.Options[plugin.OptionRequestAddressType] == plugin.RequestAddressGateway {
 		r.kind = kindGateway
+	} else if id.named() {
+		r.name = lasting(req.Options[plugin.OptionEndpointName])
 	}
 	return r, nil
 }

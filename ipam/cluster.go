@@ -246,7 +246,7 @@ func (s *shared) leave(ctx context.Context, k poolKey) error {
 }
 
 // putAddress implements home. A gateway is that of all hosts.
-func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind) (uint64, error) {
+func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, _ string) (uint64, error) {
 	if s.claims == nil {
 		return 0, errNoCluster
 	}

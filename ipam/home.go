@@ -17,7 +17,7 @@ type home interface {
 	putPool(ctx context.Context, p *pool) error
 	// dropPool deletes it with all addresses.
 	dropPool(ctx context.Context, k poolKey) error
-	putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind) (rev uint64, err error)
+	putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, name string) (rev uint64, err error)
 	dropAddress(ctx context.Context, k poolKey, a netip.Addr) error
 }
 
@@ -35,12 +35,17 @@ type disk struct{ store records }
 type poolRecord struct {
 	Version int
 	SubPool netip.Prefix `json:",omitzero"`
-	Created time.Time
+	// Options are those of the network, Reserved what was added to them by
+	// command: ADDRESS[,MAC] by name.
+	Options  map[string]string `json:",omitempty"`
+	Reserved map[string]string `json:",omitempty"`
+	Created  time.Time
 }
 
 type addressRecord struct {
 	Version int
 	Kind    kind
+	Name    string `json:",omitempty"` // of the container that has it, where it is known and the address is kept for it
 	Created time.Time
 }
 
@@ -50,7 +55,14 @@ func (d disk) putPool(ctx context.Context, p *pool) error {
 	if err := d.findRev(ctx, p); err != nil {
 		return err
 	}
-	v, err := json.Marshal(poolRecord{Version: recordVersion, SubPool: p.sub, Created: time.Now().UTC()})
+	rec := poolRecord{Version: recordVersion, SubPool: p.sub, Options: p.opts.raw, Created: time.Now().UTC()}
+	for name, r := range p.added {
+		if rec.Reserved == nil {
+			rec.Reserved = map[string]string{}
+		}
+		rec.Reserved[name] = r.String()
+	}
+	v, err := json.Marshal(rec)
 	if err != nil {
 		return err
 	}
@@ -82,11 +94,14 @@ func (d disk) dropPool(ctx context.Context, k poolKey) error {
 	if err := d.store.Delete(ctx, k.record()); err != nil {
 		return err
 	}
-	return d.store.DeletePrefix(ctx, k.addresses())
+	if err := d.store.DeletePrefix(ctx, k.addresses()); err != nil || !k.named() {
+		return err
+	}
+	return d.store.DeletePrefix(ctx, k.names())
 }
 
-func (d disk) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind) (uint64, error) {
-	v, err := json.Marshal(addressRecord{Version: recordVersion, Kind: as, Created: time.Now().UTC()})
+func (d disk) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, name string) (uint64, error) {
+	v, err := json.Marshal(addressRecord{Version: recordVersion, Kind: as, Name: name, Created: time.Now().UTC()})
 	if err != nil {
 		return 0, err
 	}

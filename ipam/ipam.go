@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"sync"
+	"time"
 
 	"github.com/sirupsen/logrus"
 
@@ -57,6 +59,9 @@ type IPAM struct {
 	log    logrus.FieldLogger
 	shared *shared
 	feed   feed // nil without a cluster
+	now    func() time.Time
+
+	nameless sync.Once // that the engine tells no names was logged
 
 	changes chan struct{} // holds one token: making and dropping pools
 	ranges4 []PoolRange
@@ -77,8 +82,9 @@ type pool struct {
 
 	mu     sync.Mutex
 	sub    netip.Prefix // of the last request for the pool
+	opts   poolOptions  // as well
 	rev    uint64       // of the record; 0 when a write of it had an unknown outcome
-	taken  addrSet
+	taken  occupancy
 	cursor netip.Addr // where the search for the next free address starts
 	// gateways has the addresses that were requested as gateway, with the
 	// revisions of their records. One is usual; the newest counts.
@@ -91,6 +97,16 @@ type pool struct {
 	adoptable bool
 	stale     addrSet
 	adopted   bool
+	// Names that keep an address, by name and by address, and what is reserved:
+	// beside what the options say, what was added later.
+	byName      map[string]*binding
+	byAddr      map[netip.Addr]*binding
+	added       map[string]reservation
+	reservedFor map[netip.Addr]string
+	// since has when addresses that rest were released; with a name they are
+	// in kept, without in quarantined.
+	since             map[netip.Addr]time.Time
+	kept, quarantined queue
 	// In a shared space: mine has the addresses of this host with the revision
 	// that it wrote, others all else that is taken, gateways included.
 	mine      map[netip.Addr]uint64
@@ -102,6 +118,8 @@ type pool struct {
 func newPool(id poolID) *pool {
 	return &pool{
 		poolKey: id.poolKey, sub: id.sub, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{},
+		byName: map[string]*binding{}, byAddr: map[netip.Addr]*binding{}, added: map[string]reservation{},
+		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{},
 		mine: map[netip.Addr]uint64{}, others: map[netip.Addr]heldClaim{},
 	}
 }
@@ -120,6 +138,7 @@ const (
 	kindGateway  kind = "gateway"
 	kindAuto     kind = "auto"     // chosen by us
 	kindExplicit kind = "explicit" // --ip, --aux-address, or the engine repeating itself
+	kindNamed    kind = "named"    // what a name has a right to
 )
 
 // New returns an IPAM without pools; Load reads them.
@@ -128,7 +147,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, log: c.Log,
+		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, log: c.Log, now: time.Now,
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]bool{}, owed: map[string]bool{}},
 	}
@@ -173,6 +192,7 @@ type poolRequest struct {
 	poolID     // without prefix: choose one
 	bits   int // wanted prefix length of a chosen one; 0 is the range's
 	v6     bool
+	opts   poolOptions
 }
 
 func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
@@ -192,7 +212,7 @@ func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
 		if r.prefix, err = i.choosePool(ctx, r); err != nil {
 			return poolID{}, err
 		}
-		return r.poolID, i.addPool(ctx, r.poolID)
+		return r.poolID, i.addPool(ctx, r.poolID, r.opts)
 	}
 	if p := i.pool(r.poolKey); p != nil {
 		p.mu.Lock()
@@ -209,7 +229,7 @@ func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
 	if o := i.overlap(r.poolKey); o != nil {
 		return poolID{}, i.inUse(r.prefix, o)
 	}
-	return r.poolID, i.addPool(ctx, r.poolID)
+	return r.poolID, i.addPool(ctx, r.poolID, r.opts)
 }
 
 // choosePool returns a pool that overlaps nothing that we know of: pools of
@@ -294,8 +314,10 @@ func short(id string) string { return id[:min(len(id), 12)] }
 func swarm(id string) bool { return len(id) == 25 }
 
 // addPool writes the record of a new pool. The caller holds changes.
-func (i *IPAM) addPool(ctx context.Context, id poolID) error {
+func (i *IPAM) addPool(ctx context.Context, id poolID, o poolOptions) error {
 	p := newPool(id)
+	p.opts = o
+	p.reserve()
 	err := i.home(id.poolKey).putPool(ctx, p)
 	switch {
 	case errors.Is(err, store.ErrUncertain):
@@ -323,8 +345,11 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 		p.mu.Unlock()
 		return i.inUse(p.prefix, p)
 	}
-	same := p.sub == r.sub && p.rev != 0
-	next := &pool{poolKey: p.poolKey, sub: r.sub, rev: p.rev}
+	same := p.sub == r.sub && maps.Equal(p.opts.raw, r.opts.raw) && (shared || len(p.added) == 0) && p.rev != 0
+	next := &pool{poolKey: p.poolKey, sub: r.sub, opts: r.opts, rev: p.rev}
+	if shared {
+		next.added = p.added
+	}
 	p.mu.Unlock()
 	if !same {
 		if err := i.home(p.poolKey).putPool(ctx, next); err != nil {
@@ -335,8 +360,10 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 		}
 	}
 	p.mu.Lock()
+	p.sub, p.opts, p.added, p.rev = next.sub, next.opts, maps.Clone(next.added), next.rev
+	lost := p.reserve()
+	defer func() { i.forgetNames(ctx, p, lost) }()
 	defer p.mu.Unlock()
-	p.sub, p.rev = next.sub, next.rev
 	if !shared {
 		p.stale, p.adopted = p.taken.clone(), true
 		for a := range p.others {
@@ -439,10 +466,10 @@ func (i *IPAM) find(ctx context.Context, id poolID) (*pool, error) {
 	if o := i.overlap(id.poolKey); o != nil {
 		return nil, fmt.Errorf("unknown pool %s: %w", id, i.inUse(id.prefix, o))
 	}
-	if err := i.addPool(ctx, id); err != nil {
+	if err := i.addPool(ctx, id, poolOptions{quarantine: defaultQuarantine, keep: -1}); err != nil {
 		return nil, err
 	}
-	i.log.WithField("pool", id.String()).Warn("unknown pool taken up again; addresses that its containers had before are not known")
+	i.log.WithField("pool", id.String()).Warn("unknown pool taken up again; addresses that its containers had before, and its options, are not known")
 	return i.pool(id.poolKey), nil
 }
 

@@ -9,6 +9,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/docker/go-plugins-helpers/ipam"
 	"github.com/sirupsen/logrus"
@@ -36,7 +37,8 @@ type house struct {
 	// With a cluster: its store as this host sees it, and the host's name.
 	shared cluster
 	name   string
-	stop   func() // ends Run
+	stop   func()    // ends Run
+	clock  time.Time // zero: the real one
 	*IPAM
 }
 
@@ -69,6 +71,9 @@ func (h *house) start() {
 	})
 	if err != nil {
 		h.tb.Fatal(err)
+	}
+	if !h.clock.IsZero() {
+		h.now = func() time.Time { return h.clock }
 	}
 	if err := h.Load(h.tb.Context()); err != nil {
 		h.tb.Fatal(err)
@@ -454,7 +459,7 @@ func TestAskedForEver(t *testing.T) {
 func TestOptions(t *testing.T) {
 	h := newHouse(t)
 	_, err := h.RequestPool(t.Context(), ipam.RequestPoolRequest{AddressSpace: LocalSpace, Pool: "10.0.0.0/24", Options: map[string]string{"spcae": "x"}})
-	if err == nil || !strings.Contains(err.Error(), `unknown ipam option "spcae"`) {
+	if err == nil || !strings.Contains(err.Error(), `ipam option "spcae" is not known: did you mean "space"?`) {
 		t.Errorf("unknown option: %v", err)
 	}
 	_, err = h.RequestPool(t.Context(), ipam.RequestPoolRequest{AddressSpace: GlobalSpace, Pool: "10.0.0.0/24", Options: map[string]string{

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"net/netip"
 	"strings"
 )
 
@@ -38,9 +39,22 @@ func (i *IPAM) Load(ctx context.Context) error {
 		}
 		p := newPool(id)
 		p.rev, p.adoptable = r.Rev, true
+		if p.opts, err = parseOptions(rec.Options, id.prefix); err != nil {
+			return fmt.Errorf("record %s: %w", r.Key, err)
+		}
+		for name, v := range rec.Reserved {
+			if p.added[name], err = parseReservation(name, v, id.prefix); err != nil {
+				return fmt.Errorf("record %s: %w", r.Key, err)
+			}
+		}
+		p.reserve()
 		pools[id.poolKey] = p
 	}
-	if err := i.loadAddresses(ctx, pools); err != nil {
+	holders, err := i.loadAddresses(ctx, pools)
+	if err != nil {
+		return err
+	}
+	if err := i.loadNames(ctx, pools, holders); err != nil {
 		return err
 	}
 	i.mu.Lock()
@@ -49,21 +63,23 @@ func (i *IPAM) Load(ctx context.Context) error {
 	return nil
 }
 
-func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) error {
+// loadAddresses returns the names that have addresses.
+func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) (map[*pool]map[netip.Addr]string, error) {
 	list, err := i.store.List(ctx, addressPrefix)
 	if err != nil {
-		return err
+		return nil, err
 	}
+	holders := map[*pool]map[netip.Addr]string{}
 	newest := map[*pool]uint64{}
 	orphans := map[poolKey]bool{}
 	for _, r := range list {
 		var rec addressRecord
 		if err := decode(r.Key, r.Value, &rec, &rec.Version); err != nil {
-			return err
+			return nil, err
 		}
 		k, a, err := parseAddressKey(r.Key)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		p := pools[k]
 		if p == nil {
@@ -71,6 +87,10 @@ func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) error
 			continue
 		}
 		p.taken.add(a)
+		if holders[p] == nil {
+			holders[p] = map[netip.Addr]string{}
+		}
+		holders[p][a] = rec.Name
 		if rec.Kind == kindGateway {
 			p.gateways[a] = r.Rev
 		}
@@ -81,10 +101,10 @@ func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) error
 	}
 	for k := range orphans { // the process died while it released the pool
 		if err := i.store.DeletePrefix(ctx, k.addresses()); err != nil {
-			return err
+			return nil, err
 		}
 	}
-	return nil
+	return holders, nil
 }
 
 // decode reads a record of the one version that there is.

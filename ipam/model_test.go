@@ -1,12 +1,14 @@
 package ipam
 
 import (
+	"cmp"
 	"fmt"
 	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"pgregory.net/rapid"
 )
@@ -20,6 +22,29 @@ type modelPool struct {
 	stale     map[netip.Addr]bool
 	adoptable bool
 	adopted   bool
+
+	opts  poolOptions
+	since map[netip.Addr]time.Time // released and left alone
+	names map[string]netip.Addr
+}
+
+func newModelPool(id poolID, o poolOptions) *modelPool {
+	return &modelPool{id: id, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, names: map[string]netip.Addr{}}
+}
+
+// keeper is the name that an address is kept for, and whether it is reserved.
+func (p *modelPool) keeper(a netip.Addr) (name string, reserved bool) {
+	for name, r := range p.opts.reserved {
+		if r.addr == a {
+			return name, true
+		}
+	}
+	for name, b := range p.names {
+		if b == a {
+			return name, false
+		}
+	}
+	return "", false
 }
 
 // model is the plain twin of IPAM: maps and loops.
@@ -27,11 +52,28 @@ type model struct {
 	pools map[poolKey]*modelPool
 	held  map[netip.Prefix]string
 	n     int
+	now   time.Time
+}
+
+// expire lets go of what has rested long enough.
+func (m *model) expire(p *modelPool) {
+	for a, at := range p.since {
+		name, _ := p.keeper(a)
+		if name == "" && m.now.Sub(at) >= p.opts.quarantine || name != "" && p.opts.keep >= 0 && m.now.Sub(at) >= p.opts.keep {
+			delete(p.since, a)
+			delete(p.names, name)
+		}
+	}
 }
 
 func (m *model) restart() {
 	for _, p := range m.pools {
 		p.adoptable, p.adopted, p.stale, p.last = true, false, nil, netip.Addr{}
+		for a := range p.since {
+			if name, _ := p.keeper(a); name == "" {
+				delete(p.since, a)
+			}
+		}
 		for a, n := range p.taken {
 			if n > 0 && (!p.last.IsValid() || n > p.taken[p.last]) {
 				p.last = a
@@ -50,13 +92,13 @@ func (m *model) overlap(k poolKey) bool {
 }
 
 // requestPool returns whether it is granted.
-func (m *model) requestPool(id poolID) bool {
+func (m *model) requestPool(id poolID, o poolOptions) bool {
 	p := m.pools[id.poolKey]
 	if p == nil {
 		if m.overlap(id.poolKey) {
 			return false
 		}
-		m.pools[id.poolKey] = &modelPool{id: id, taken: map[netip.Addr]int{}}
+		m.pools[id.poolKey] = newModelPool(id, o)
 		return true
 	}
 	net := m.held[id.prefix]
@@ -70,7 +112,16 @@ func (m *model) requestPool(id poolID) bool {
 			p.stale[a] = true
 		}
 	}
-	p.adoptable, p.id = false, id
+	p.adoptable, p.id, p.opts = false, id, o
+	for name, r := range o.reserved {
+		delete(p.since, r.addr)
+		for other, a := range p.names {
+			if a == r.addr || other == name {
+				delete(p.names, other)
+				delete(p.since, a)
+			}
+		}
+	}
 	return true
 }
 
@@ -85,9 +136,57 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 		if m.overlap(r.id.poolKey) {
 			return netip.Addr{}, false
 		}
-		p = &modelPool{id: r.id, taken: map[netip.Addr]int{}}
+		p = newModelPool(r.id, plain)
 		m.pools[r.id.poolKey] = p
 	}
+	if r.kind != kindGateway {
+		m.expire(p)
+		a := p.names[r.name]
+		if r.name != "" {
+			if res, ok := p.opts.reserved[r.name]; ok {
+				a = res.addr
+			}
+		}
+		_, taken := p.taken[a]
+		owner, reserved := p.keeper(r.want)
+		switch {
+		case r.want.IsValid() && reserved && r.name != "" && r.name != owner:
+			return netip.Addr{}, false
+		case r.name == "":
+		case r.want.IsValid():
+			if b, ok := p.names[r.name]; ok && b != r.want {
+				if _, taken := p.taken[b]; taken {
+					r.name = ""
+				}
+			}
+		case a.IsValid() && taken && !p.stale[a]:
+			r.name = ""
+		case a.IsValid():
+			r.want, r.kind = a, kindNamed
+		case p.opts.keep == 0:
+			r.name = ""
+		}
+	}
+	n := m.n
+	got, ok := m.grant(p, r)
+	if !ok || m.n == n { // not handed out, or once more
+		return got, ok
+	}
+	// Whoever has it now, it does not rest, and is nobody else's.
+	delete(p.since, got)
+	for name, b := range p.names {
+		if b == got && name != r.name {
+			delete(p.names, name)
+		}
+	}
+	if _, reserved := p.opts.reserved[r.name]; r.name != "" && !reserved && p.opts.keep != 0 {
+		delete(p.since, p.names[r.name])
+		p.names[r.name] = got
+	}
+	return got, true
+}
+
+func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
 	p.adoptable = false
 	a := r.want
 	if !a.IsValid() {
@@ -105,11 +204,22 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 				order = append(order[n:], order[:n]...)
 			}
 		}
-		n := slices.IndexFunc(order, func(a netip.Addr) bool { _, ok := p.taken[a]; return !ok })
-		if n < 0 {
+		free := slices.DeleteFunc(order, func(a netip.Addr) bool {
+			_, taken := p.taken[a]
+			_, reserved := p.keeper(a)
+			return taken || reserved
+		})
+		if len(free) == 0 {
 			return netip.Addr{}, false
 		}
-		a = order[n]
+		fresh := slices.IndexFunc(free, func(a netip.Addr) bool { _, rests := p.since[a]; return !rests })
+		if a = free[max(fresh, 0)]; fresh < 0 {
+			a = slices.MinFunc(free, func(a, b netip.Addr) int { return cmp.Or(p.since[a].Compare(p.since[b]), a.Compare(b)) })
+			if name, _ := p.keeper(a); name != "" {
+				delete(p.names, name)
+			}
+			delete(p.since, a)
+		}
 	} else if _, ok := p.taken[a]; ok {
 		if !p.stale[a] && r.id.space != GlobalSpace && len(m.held[r.id.prefix]) != 25 {
 			return netip.Addr{}, false
@@ -130,6 +240,10 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 
 func (m *model) releaseAddress(id poolID, a netip.Addr) {
 	if p := m.pools[id.poolKey]; p != nil {
+		name, reserved := p.keeper(a)
+		if _, ok := p.taken[a]; ok && !reserved && (name != "" || p.opts.quarantine > 0) && !slices.Contains(p.gateways, a) {
+			p.since[a] = m.now
+		}
 		delete(p.taken, a)
 		delete(p.stale, a)
 		p.gateways = slices.DeleteFunc(p.gateways, func(g netip.Addr) bool { return g == a })
@@ -152,9 +266,18 @@ func (m *model) status() string {
 	return strings.Join(lines, "\n")
 }
 
+// plain is what a pool has that was taken up again.
+var plain = poolOptions{quarantine: defaultQuarantine, keep: -1}
+
 // TestModel makes random calls, restarts and changes of who holds what, on the
 // real thing over a real file and on the model, and compares every answer.
 func TestModel(t *testing.T) {
+	options := map[string]map[string]string{
+		"10.0.0.0/30": {"quarantine": "0"},
+		"10.0.0.0/28": {"reserve.r": "10.0.0.5,02:00:00:00:00:05", "keep": "3m"},
+		"10.0.0.8/31": {"keep": "0"},
+		"fd00::/125":  {"reserve.r": "fd00::3", "reserve.s": "10.0.0.1,fd00::4"},
+	}
 	var ids []poolID
 	for _, s := range []string{
 		"10.0.0.0/29", "10.0.0.0/29,10.0.0.4/30", "10.0.0.0/30", "10.0.0.8/31", "10.0.0.0/28", "fd00::/125", "fd00::/125,fd00::4/127", "10.0.0.12/32",
@@ -169,7 +292,10 @@ func TestModel(t *testing.T) {
 	}
 	rapid.Check(t, func(r *rapid.T) {
 		h := newHouse(t)
-		m := &model{pools: map[poolKey]*modelPool{}, held: map[netip.Prefix]string{}}
+		h.clock = time.Unix(1_800_000_000, 0)
+		h.now = func() time.Time { return h.clock }
+		m := &model{pools: map[poolKey]*modelPool{}, held: map[netip.Prefix]string{}, now: h.clock}
+		aName := rapid.SampledFrom([]string{"", "a", "b", "c", "r", "s"})
 		anID := rapid.SampledFrom(ids)
 		anAddress := func(r *rapid.T, id poolID) netip.Addr {
 			a := id.prefix.Addr()
@@ -188,18 +314,36 @@ func TestModel(t *testing.T) {
 		r.Repeat(map[string]func(*rapid.T){
 			"pool": func(r *rapid.T) {
 				id := anID.Draw(r, "pool")
-				_, err := h.requestPool(t.Context(), poolRequest{poolID: id})
-				if want := m.requestPool(id); want != (err == nil) {
+				o, err := parseOptions(options[id.prefix.String()], id.prefix)
+				if err != nil {
+					r.Fatal(err)
+				}
+				_, err = h.requestPool(t.Context(), poolRequest{poolID: id, opts: o})
+				if want := m.requestPool(id, o); want != (err == nil) {
 					r.Fatalf("pool %s: %v, want %v", id, err, want)
 				}
 			},
-			"next": func(r *rapid.T) { address(r, addressRequest{id: anID.Draw(r, "pool"), kind: kindAuto}) },
+			"next": func(r *rapid.T) {
+				req := addressRequest{id: anID.Draw(r, "pool"), kind: kindAuto}
+				if req.id.named() {
+					req.name = aName.Draw(r, "name")
+				}
+				address(r, req)
+			},
+			"wait": func(r *rapid.T) {
+				h.clock = h.clock.Add(time.Duration(rapid.IntRange(1, 100).Draw(r, "seconds")) * time.Second)
+				m.now = h.clock
+			},
 			"gateway": func(r *rapid.T) {
 				address(r, addressRequest{id: anID.Draw(r, "pool"), kind: kindGateway})
 			},
 			"address": func(r *rapid.T) {
 				id := anID.Draw(r, "pool")
-				address(r, addressRequest{id: id, want: anAddress(r, id), kind: rapid.SampledFrom([]kind{kindExplicit, kindGateway}).Draw(r, "kind")})
+				req := addressRequest{id: id, want: anAddress(r, id), kind: rapid.SampledFrom([]kind{kindExplicit, kindGateway}).Draw(r, "kind")}
+				if id.named() && req.kind == kindExplicit {
+					req.name = aName.Draw(r, "name")
+				}
+				address(r, req)
 			},
 			"release address": func(r *rapid.T) {
 				id := anID.Draw(r, "pool")
@@ -237,6 +381,19 @@ func TestModel(t *testing.T) {
 				}
 				for k, mp := range m.pools {
 					p := h.pool(k)
+					var bound []string
+					for name, b := range p.byName {
+						bound = append(bound, name+" "+b.Address.String())
+					}
+					var want []string
+					for name, a := range mp.names {
+						want = append(want, name+" "+a.String())
+					}
+					slices.Sort(bound)
+					slices.Sort(want)
+					if !slices.Equal(bound, want) {
+						r.Fatalf("pool %s: names %v, want %v", k.prefix, bound, want)
+					}
 					for a := range maps.Keys(mp.taken) {
 						if !p.taken.has(a) {
 							r.Fatalf("%s is not taken", a)

@@ -2,7 +2,12 @@ package ipam
 
 import (
 	"fmt"
+	"maps"
+	"net"
+	"net/netip"
+	"slices"
 	"strings"
+	"time"
 
 	"github.com/weftnet/weft/internal/plugin"
 )
@@ -11,21 +16,155 @@ import (
 // on the command line.
 const spaceOption = "space="
 
-// parseOptions reads what the user gave with --ipam-opt. The leader of a swarm
-// mixes marks of its own into the same map.
-func parseOptions(all map[string]string) (space string, err error) {
-	for k, v := range all {
+// reserveOption is how the key of a reservation begins; the name follows.
+const reserveOption = "reserve."
+
+// defaultQuarantine is how long a released address rests. Neighbours forget an
+// address within a minute or so (Linux: base_reachable_time and gc_stale_time).
+const defaultQuarantine = 60 * time.Second
+
+// poolOptions is what the user gave with --ipam-opt, in parsed form.
+type poolOptions struct {
+	space      string
+	quarantine time.Duration
+	// keep is how long a name keeps an address after its release; negative:
+	// until the pool needs it.
+	keep     time.Duration
+	reserved map[string]reservation // by name
+	raw      map[string]string      // as it goes into the record, without space
+}
+
+// MAC is the hardware address of one interface; zero is none.
+type MAC = [6]byte
+
+// reservation is what is kept for a name in one pool.
+type reservation struct {
+	addr netip.Addr
+	mac  MAC
+}
+
+// String is the form that parseReservation reads.
+func (r reservation) String() string {
+	if r.mac == (MAC{}) {
+		return r.addr.String()
+	}
+	return r.addr.String() + "," + net.HardwareAddr(r.mac[:]).String()
+}
+
+// parseOptions reads the options of a pool; prefix is zero when it is chosen by
+// us. The leader of a swarm mixes marks of its own into the same map.
+func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, error) {
+	o := poolOptions{quarantine: defaultQuarantine, keep: -1}
+	for _, k := range slices.Sorted(maps.Keys(all)) {
+		v := all[k]
+		var err error
+		name, reserve := strings.CutPrefix(k, reserveOption)
 		switch {
 		case k+"=" == spaceOption:
-			if err := checkSpaceName(v); err != nil {
-				return "", fmt.Errorf("ipam option %s=%s: %w", k, v, err)
+			o.space, err = v, checkSpaceName(v)
+		case k == "quarantine":
+			o.quarantine, err = parseTime(v)
+		case k == "keep":
+			o.keep, err = parseTime(v)
+		case reserve:
+			err = o.reserve(name, v, prefix)
+		case strings.HasPrefix(k, "com.docker.network.") || k == plugin.OptionRequestAddressType:
+			continue
+		default:
+			valid := []string{"space", "quarantine", "keep", reserveOption + "NAME"}
+			return o, fmt.Errorf("ipam option %q is not known: did you mean %q? valid are %s", k, plugin.Nearest(k, valid), strings.Join(valid, ", "))
+		}
+		if err != nil {
+			return o, fmt.Errorf("ipam option %s=%s: %w", k, v, err)
+		}
+		if k+"=" != spaceOption {
+			if o.raw == nil {
+				o.raw = map[string]string{}
 			}
-			space = v
-		case !strings.HasPrefix(k, "com.docker.network.") && k != plugin.OptionRequestAddressType:
-			return "", fmt.Errorf("unknown ipam option %q: valid is space=NAME", k)
+			o.raw[k] = v
 		}
 	}
-	return space, nil
+	if o.space != "" && o.raw != nil {
+		return o, fmt.Errorf("ipam option space=%s: quarantine, keep and reserve.NAME are for pools of one host: leave them out, and give addresses with --ip", o.space)
+	}
+	return o, nil
+}
+
+// parseTime takes 90s, 5m, 24h or 0.
+func parseTime(s string) (time.Duration, error) {
+	d, err := time.ParseDuration(s)
+	if err != nil || d < 0 {
+		return 0, fmt.Errorf("a time is written as 90s, 5m or 24h, and 0 is none")
+	}
+	return d, nil
+}
+
+// reserve takes ADDRESS[,MAC], and may have an address of each family: the
+// engine sends the same options with both pools of a network.
+func (o *poolOptions) reserve(name, value string, prefix netip.Prefix) error {
+	r, err := parseReservation(name, value, prefix)
+	if err != nil || !r.addr.IsValid() {
+		return err
+	}
+	for other, have := range o.reserved {
+		if have.addr == r.addr && other != name {
+			return fmt.Errorf("%s is reserved for %s already", r.addr, other)
+		}
+	}
+	if o.reserved == nil {
+		o.reserved = map[string]reservation{}
+	}
+	o.reserved[name] = r
+	return nil
+}
+
+// parseReservation returns what of a reservation concerns the pool prefix;
+// the address is zero when it is of the other family alone.
+func parseReservation(name, value string, prefix netip.Prefix) (r reservation, err error) {
+	if !prefix.IsValid() {
+		return r, fmt.Errorf("give the subnet that the address is of with --subnet")
+	}
+	if err := checkName(name); err != nil {
+		return r, err
+	}
+	addressed := false
+	for part := range strings.SplitSeq(value, ",") {
+		part = strings.TrimSpace(part)
+		if hw, err := net.ParseMAC(part); err == nil {
+			if len(hw) != len(r.mac) || hw[0]&1 != 0 || MAC(hw) == (MAC{}) {
+				return r, fmt.Errorf("%s is not the MAC address of one interface", part)
+			}
+			r.mac = MAC(hw)
+			continue
+		}
+		a, err := netip.ParseAddr(part)
+		if err != nil || a.Zone() != "" || a.Is4In6() {
+			return r, fmt.Errorf("%q is neither an address nor a MAC address: write it as 192.168.1.20 or 192.168.1.20,02:42:c0:a8:01:14", part)
+		}
+		addressed = true
+		if a.Is4() != prefix.Addr().Is4() {
+			continue
+		}
+		if first, last := (poolKey{prefix: prefix}).usable(); !prefix.Contains(a) || a.Less(first) || last.Less(a) {
+			return r, fmt.Errorf("%s is not a usable address of subnet %s: %s to %s are", a, prefix, first, last)
+		}
+		if r.addr.IsValid() {
+			return r, fmt.Errorf("two addresses of subnet %s: a name has one in it", prefix)
+		}
+		r.addr = a
+	}
+	if !addressed {
+		return r, fmt.Errorf("no address: write it as 192.168.1.20 or 192.168.1.20,02:42:c0:a8:01:14")
+	}
+	return r, nil
+}
+
+// checkName takes what can be the name of a container, and part of a key.
+func checkName(name string) error {
+	if name == "" || len(name) > 255 || strings.ContainsAny(name, "/\x00 ") {
+		return fmt.Errorf("%q is not the name of a container", name[:min(len(name), 64)])
+	}
+	return nil
 }
 
 // checkSpaceName takes what can stand in keys and pool IDs.

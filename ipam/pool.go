@@ -146,6 +146,7 @@ func (k poolKey) with(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, k.
 const (
 	poolPrefix    = "ipam/pool/"
 	addressPrefix = "ipam/addr/"
+	namePrefix    = "ipam/name/"
 	ulaKey        = "ipam/ula"
 )
 

@@ -399,7 +399,7 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 	b := &busy{done: make(chan struct{})}
 	p.busy[c.addr] = b
 	p.mu.Unlock()
-	rev, err := i.shared.putAddress(ctx, p.poolKey, c.addr, kindExplicit)
+	rev, err := i.shared.putAddress(ctx, p.poolKey, c.addr, kindExplicit, "")
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	close(b.done)

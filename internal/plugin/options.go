@@ -1,0 +1,42 @@
+package plugin
+
+import (
+	"cmp"
+	"slices"
+	"strings"
+)
+
+// Nearest is the valid name with the fewest edits from name, or from which
+// its last part has: people leave the long prefix out.
+func Nearest(name string, valid []string) string {
+	name = strings.ToLower(name)
+	last := func(s string) string { return s[strings.LastIndexByte(s, '.')+1:] }
+	return slices.MinFunc(valid, func(a, b string) int {
+		return cmp.Or(
+			min(edits(name, a), edits(last(name), last(a)))-min(edits(name, b), edits(last(name), last(b))),
+			edits(name, a)-edits(name, b))
+	})
+}
+
+// edits is the Levenshtein distance, in bytes; a and b are cut so that
+// nobody pays for a name of a megabyte.
+func edits(a, b string) int {
+	a, b = a[:min(len(a), 80)], b[:min(len(b), 80)]
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			change := diagonal
+			if a[i] != b[j] {
+				change++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(change, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}

@@ -1,0 +1,150 @@
+package ipam
+
+import (
+	"net/netip"
+	"time"
+)
+
+// occupancy is which addresses of a pool are taken, and which of the others are
+// left alone as long as there is any else: they rest after their release, or a
+// name keeps them.
+type occupancy struct {
+	addrSet         // taken
+	resting, either addrSet
+}
+
+func (o *occupancy) add(a netip.Addr) bool {
+	o.either.add(a)
+	return o.addrSet.add(a)
+}
+
+func (o *occupancy) remove(a netip.Addr) bool {
+	if !o.resting.has(a) {
+		o.either.remove(a)
+	}
+	return o.addrSet.remove(a)
+}
+
+func (o *occupancy) rest(a netip.Addr) {
+	o.resting.add(a)
+	o.either.add(a)
+}
+
+func (o *occupancy) wake(a netip.Addr) {
+	o.resting.remove(a)
+	if !o.has(a) {
+		o.either.remove(a)
+	}
+}
+
+// next returns the first address that is neither taken nor rests.
+func (o *occupancy) next(first, last netip.Addr) (netip.Addr, bool) {
+	return o.either.next(first, last)
+}
+
+// queue has released addresses, the one that was released first at its front.
+// One that left it in the middle is still there with a time that is not its own.
+type queue []release
+
+type release struct {
+	addr netip.Addr
+	at   time.Time
+}
+
+// rested marks an address as released just now; p.mu is held.
+func (p *pool) rested(a netip.Addr, now time.Time) {
+	if p.reserved(a) {
+		p.taken.rest(a)
+		return
+	}
+	b := p.byAddr[a]
+	q := &p.quarantined
+	switch {
+	case b != nil:
+		b.Released, q = now, &p.kept
+	case p.opts.quarantine == 0 || p.shared():
+		return
+	}
+	p.taken.rest(a)
+	p.since[a] = now
+	*q = append(*q, release{a, now})
+	if len(*q) > 2*len(p.since)+minQueue {
+		*q = p.current(*q)
+	}
+}
+
+// minQueue is how many entries of the past a queue may have in any case.
+const minQueue = 64
+
+// current returns the entries of q that still count; p.mu is held.
+func (p *pool) current(q queue) queue {
+	var out queue
+	for _, r := range q {
+		if at, ok := p.since[r.addr]; ok && at.Equal(r.at) {
+			out = append(out, r)
+		}
+	}
+	return out
+}
+
+// front returns the first entry of q that still counts; p.mu is held.
+func (p *pool) front(q *queue) (release, bool) {
+	for len(*q) > 0 {
+		r := (*q)[0]
+		if at, ok := p.since[r.addr]; ok && at.Equal(r.at) {
+			return r, true
+		}
+		*q = (*q)[1:]
+	}
+	return release{}, false
+}
+
+// woken takes an address out of its rest, if it is in one; p.mu is held.
+func (p *pool) woken(a netip.Addr) {
+	if !p.reserved(a) {
+		delete(p.since, a)
+		p.taken.wake(a)
+	}
+}
+
+// expire lets go of what has rested long enough and returns the names that
+// have lost their address by it; p.mu is held.
+func (p *pool) expire(now time.Time) (lost []binding) {
+	for {
+		r, ok := p.front(&p.quarantined)
+		if !ok || now.Sub(r.at) < p.opts.quarantine {
+			break
+		}
+		p.woken(r.addr)
+	}
+	for p.opts.keep >= 0 {
+		r, ok := p.front(&p.kept)
+		if !ok || now.Sub(r.at) < p.opts.keep {
+			break
+		}
+		lost = append(lost, p.unbind(p.byAddr[r.addr]))
+		p.woken(r.addr)
+	}
+	return lost
+}
+
+// oldest takes the address out of its rest that was released first, of those
+// that may be chosen, when there is no other; p.mu is held. The name that it
+// was kept for is returned, if there is one.
+func (p *pool) oldest(id poolID) (a netip.Addr, lost []binding, ok bool) {
+	first, last := id.auto()
+	var at time.Time
+	for addr, t := range p.since {
+		if !addr.Less(first) && !last.Less(addr) && (!ok || t.Before(at) || t.Equal(at) && addr.Less(a)) {
+			a, at, ok = addr, t, true
+		}
+	}
+	if !ok {
+		return a, nil, false
+	}
+	if b := p.byAddr[a]; b != nil {
+		lost = append(lost, p.unbind(b))
+	}
+	p.woken(a)
+	return a, lost, true
+}
