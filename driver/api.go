@@ -170,6 +170,10 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req wire.CreateEndpoi
 		return resp, err
 	}
 	resp.Interface = &wire.EndpointInterface{}
+	if mac, ok := d.stationMAC(n.rec, rec); ok {
+		rec.MAC = mac
+		resp.Interface.MacAddress = mac.String()
+	}
 	if err := d.unclaimed(n.rec, rec); err != nil {
 		return resp, err
 	}
@@ -184,6 +188,21 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req wire.CreateEndpoi
 		resp.Interface.MacAddress = rec.MAC.String()
 	}
 	return resp, d.createEndpoint(ctx, n, rec)
+}
+
+// stationMAC is the MAC address that was handed out together with an address of
+// the endpoint, where the engine has none and the mode takes one.
+func (d *Driver) stationMAC(n Network, e Endpoint) (datapath.MAC, bool) {
+	if e.MAC != (datapath.MAC{}) || n.Mode == modeIPvlan || n.Options.SubMode == "passthru" {
+		return datapath.MAC{}, false
+	}
+	for _, a := range e.Addrs {
+		s, _ := n.subnet(a.Addr())
+		if mac, ok := d.station(s.Pool, a.Addr()); ok {
+			return mac, true
+		}
+	}
+	return datapath.MAC{}, false
 }
 
 // parseInterface reads what the engine has decided about an endpoint. The MAC

@@ -53,7 +53,10 @@ type Config struct {
 	Cluster             cluster // nil where no mode spans hosts
 	// Swarm is nil where networks are this host's own (scope local).
 	Swarm swarm
-	Log   logrus.FieldLogger
+	// Station returns the MAC address that goes with an address of a subnet, where
+	// whoever handed it out knows of one. nil: nobody does.
+	Station func(subnet netip.Prefix, a netip.Addr) (datapath.MAC, bool)
+	Log     logrus.FieldLogger
 }
 
 // Driver is the network driver. See the package's comment for its locks.
@@ -64,6 +67,7 @@ type Driver struct {
 	host      host
 	cluster   cluster
 	swarm     swarm
+	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
 	log       logrus.FieldLogger
 	now       func() time.Time
 	started   time.Time
@@ -126,8 +130,12 @@ func New(c Config) (*Driver, error) {
 	case c.Host == nil || c.Log == nil:
 		return nil, errors.New("network driver: Host and Log must be set")
 	}
+	if c.Station == nil {
+		c.Station = func(netip.Prefix, netip.Addr) (datapath.MAC, bool) { return datapath.MAC{}, false }
+	}
 	return &Driver{
-		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, cluster: c.Cluster, swarm: c.Swarm, log: c.Log,
+		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, cluster: c.Cluster, swarm: c.Swarm,
+		station: c.Station, log: c.Log,
 		now: time.Now, started: time.Now(), networks: map[string]*network{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }
@@ -536,6 +544,32 @@ func (d *Driver) Subnet(p netip.Prefix) (networkID string, ok bool) {
 		}
 	}
 	return "", false
+}
+
+// Used returns which addresses are in use by the network that has exactly this
+// subnet: those of endpoints, its gateway, and its auxiliary addresses.
+func (d *Driver) Used(p netip.Prefix) (uses func(netip.Addr) bool, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	used := map[netip.Addr]bool{}
+	for _, n := range d.networks {
+		for _, s := range n.rec.Subnets {
+			if n.doomed || s.Pool != p {
+				continue
+			}
+			ok = true
+			used[s.Gateway.Addr()] = true
+			for _, a := range s.Aux {
+				used[a.Addr()] = true
+			}
+			for _, e := range n.endpoints {
+				for _, a := range e.rec.Addrs {
+					used[a.Addr()] = true
+				}
+			}
+		}
+	}
+	return func(a netip.Addr) bool { return used[a] }, ok
 }
 
 // short is an ID as the engine prints it.

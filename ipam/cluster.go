@@ -339,6 +339,19 @@ func (s *shared) dropAddress(ctx context.Context, k poolKey, a netip.Addr) error
 	return s.forget(ctx, k.claim(a))
 }
 
+// evict deletes the record that another host has of an address, unless it has
+// changed since it was read.
+func (s *shared) evict(ctx context.Context, k poolKey, a netip.Addr, rev uint64) error {
+	if s.claims == nil {
+		return errNoCluster
+	}
+	err := s.Remove(ctx, store.Record{Key: k.claim(a), Rev: rev})
+	if errors.Is(err, store.ErrConflict) {
+		return fmt.Errorf("address %s of pool %s has just changed hands: look at it again", a, k.prefix)
+	}
+	return err
+}
+
 func (s *shared) unclaim(ctx context.Context, key string) error {
 	if s.claims == nil {
 		return errNoCluster

@@ -35,6 +35,10 @@ type Config struct {
 	// Vet asks the LAN of the network that has this subnet whether somebody
 	// holds the address; the error says who. nil: nobody is asked.
 	Vet func(ctx context.Context, pool netip.Prefix, a netip.Addr) error
+	// Used returns which addresses the network of our own driver that has exactly
+	// this subnet uses: those of endpoints, and what it was made with. nil, or
+	// false: nobody knows.
+	Used func(netip.Prefix) (uses func(netip.Addr) bool, ok bool)
 	// Pools is where automatic pools come from. A family without a range in
 	// it has the default ones.
 	Pools []PoolRange
@@ -56,6 +60,7 @@ type IPAM struct {
 	host   func(context.Context) ([]netip.Prefix, error)
 	holder func(netip.Prefix) (string, bool)
 	vet    func(context.Context, netip.Prefix, netip.Addr) error
+	used   func(netip.Prefix) (func(netip.Addr) bool, bool)
 	log    logrus.FieldLogger
 	shared *shared
 	feed   feed // nil without a cluster
@@ -147,7 +152,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, log: c.Log, now: time.Now,
+		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, used: c.Used, log: c.Log, now: time.Now,
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]bool{}, owed: map[string]bool{}},
 	}
@@ -156,6 +161,9 @@ func New(c Config) (*IPAM, error) {
 	}
 	if i.holder == nil {
 		i.holder = func(netip.Prefix) (string, bool) { return "", false }
+	}
+	if i.used == nil {
+		i.used = func(netip.Prefix) (func(netip.Addr) bool, bool) { return nil, false }
 	}
 	for _, r := range c.Pools {
 		if r.Prefix.Addr().Is4() {

@@ -3,8 +3,13 @@ package ipam
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"maps"
+	"math/big"
+	"net"
+	"net/netip"
 	"slices"
+	"time"
 )
 
 // Status is what weft status shows of the pools. Its JSON form is stable.
@@ -25,11 +30,39 @@ type PoolStatus struct {
 	// UsedByAll is by all hosts, in a space that they share.
 	UsedByAll uint64 `json:"usedByAll,omitempty"`
 	Gateway   string `json:"gateway,omitempty"`
+	// Resting is how many were released only just now.
+	Resting int          `json:"resting,omitempty"`
+	Names   []NameStatus `json:"names,omitempty"`
+	// Stranded are addresses that were given out some time ago and that no
+	// endpoint has; only for the networks of our own driver.
+	Stranded []netip.Addr `json:"stranded,omitempty"`
+	// Warning says in one line that the pool is nearly used up.
+	Warning string `json:"warning,omitempty"`
 }
 
-// Status returns the pools in order of space and address. It waits for no
-// disk, so the context is there for stores that are elsewhere.
-func (i *IPAM) Status(context.Context) Status {
+// NameStatus is a name that has an address in a pool.
+type NameStatus struct {
+	Name    string     `json:"name"`
+	Address netip.Addr `json:"address"`
+	MAC     string     `json:"mac,omitempty"` // where one is reserved
+	// Reserved: by the user, not because a container of that name had it.
+	Reserved bool `json:"reserved"`
+	// Held: by a container. Otherwise Released says since when it is not, where
+	// that is known.
+	Held     bool      `json:"held"`
+	Released time.Time `json:"released,omitzero"`
+}
+
+// nearlyFull is the use of a pool, in percent, from which on status warns; pools
+// of less than smallPool addresses are made to be full.
+const (
+	nearlyFull = 90
+	smallPool  = 8
+)
+
+// Status returns the pools in order of space and address. What the disk does
+// not say in time is left out.
+func (i *IPAM) Status(ctx context.Context) Status {
 	i.mu.RLock()
 	pools := slices.Collect(maps.Values(i.pools))
 	i.mu.RUnlock()
@@ -53,8 +86,68 @@ func (i *IPAM) Status(context.Context) Status {
 		if gw := p.gateway(); gw.IsValid() {
 			st.Gateway = gw.String()
 		}
+		lost := p.expire(i.now())
+		st.Names, st.Warning = p.nameStatus(), p.warning()
+		st.Resting = len(p.since) - len(p.current(p.kept))
 		p.mu.Unlock()
+		i.forgetNames(ctx, p, lost)
+		st.Stranded = i.stranded(ctx, p)
 		s.Pools = append(s.Pools, st)
 	}
 	return s
+}
+
+// nameStatus lists the names; p.mu is held.
+func (p *pool) nameStatus() []NameStatus {
+	var out []NameStatus
+	for name, r := range p.reservations() {
+		s := NameStatus{Name: name, Address: r.addr, Reserved: true, Held: p.taken.has(r.addr)}
+		if r.mac != (MAC{}) {
+			s.MAC = net.HardwareAddr(r.mac[:]).String()
+		}
+		out = append(out, s)
+	}
+	for _, b := range p.byName {
+		out = append(out, NameStatus{Name: b.name, Address: b.Address, Held: p.taken.has(b.Address), Released: b.Released})
+	}
+	slices.SortFunc(out, func(a, b NameStatus) int { return cmp.Compare(a.Name, b.Name) })
+	return out
+}
+
+// warning tells of a pool that is nearly full; p.mu is held.
+func (p *pool) warning() string {
+	size := p.size()
+	if !size.IsInt64() || size.Int64() < smallPool {
+		return ""
+	}
+	if used := new(big.Int).SetUint64(p.taken.len()); used.Mul(used, big.NewInt(100)).Cmp(new(big.Int).Mul(size, big.NewInt(nearlyFull))) < 0 {
+		return ""
+	}
+	return fmt.Sprintf("pool %s: %d of %s addresses are in use: make further networks, or look for stranded addresses", p.prefix, p.taken.len(), size)
+}
+
+// stranded lists what no endpoint has. It is not freed: the engine may have
+// stored an endpoint that we do not know, and only people can tell.
+func (i *IPAM) stranded(ctx context.Context, p *pool) []netip.Addr {
+	used, known := i.used(p.prefix)
+	if !known || !p.named() {
+		return nil
+	}
+	list, err := i.store.List(ctx, p.addresses())
+	if err != nil {
+		return nil
+	}
+	var out []netip.Addr
+	for _, r := range list {
+		var rec addressRecord
+		_, a, err := parseAddressKey(r.Key)
+		if err != nil || decode(r.Key, r.Value, &rec, &rec.Version) != nil {
+			continue
+		}
+		if rec.Kind != kindGateway && i.now().Sub(rec.Created) > strandedAfter && !used(a) {
+			out = append(out, a)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return out
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
@@ -145,6 +146,10 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	}
 	c := driver.Config{
 		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, Host: p.kernel, Cluster: p.cluster, Log: log,
+		Station: func(subnet netip.Prefix, a netip.Addr) (datapath.MAC, bool) {
+			mac, ok := p.ipam.Station(subnet, a) // made below, and there before the first call
+			return mac, ok
+		},
 		Backends: map[string]driver.Backend{
 			"bridge": driver.Bridge{}, "macvlan": driver.Parent{Kind: "macvlan"}, "ipvlan": driver.Parent{Kind: "ipvlan"},
 			driver.ModeOverlay: overlay.Backend{},
@@ -157,7 +162,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		return p, err
 	}
 	a := ipam.Config{
-		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Vet: p.driver.Vet, Pools: pools, Log: log,
+		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Vet: p.driver.Vet, Used: p.driver.Used, Pools: pools, Log: log,
 	}
 	if p.shared != nil {
 		a.Shared = p.shared

@@ -52,12 +52,14 @@ func (d document) print(w io.Writer, words []string) error {
 		name string
 		rows [][]string
 	}{
-		{"networks", d.networks()}, {"endpoints", d.endpoints()}, {"pools", d.pools()}, {"peers", d.peers()},
+		{"networks", d.networks()}, {"endpoints", d.endpoints()}, {"pools", d.pools()}, {"names", d.names()}, {"peers", d.peers()},
 	} {
-		if !all && !slices.Contains(words, section.name) || all && section.name == "peers" && len(section.rows) == 1 {
+		asked := slices.Contains(words, section.name) || section.name == "names" && slices.Contains(words, "pools")
+		empty := (section.name == "peers" && all || section.name == "names") && len(section.rows) == 1
+		if !all && !asked || empty {
 			continue
 		}
-		if all {
+		if all || section.name == "names" {
 			if _, err := fmt.Fprintln(w); err != nil {
 				return err
 			}
@@ -137,6 +139,35 @@ func (d document) pools() [][]string {
 		rows = append(rows, []string{p.Pool, p.Space, orDash(p.SubPool), orDash(p.Gateway), fmt.Sprint(p.Used), all, p.Size})
 	}
 	return rows
+}
+
+// names lists what is kept for which container, and what somebody has to look at.
+func (d document) names() [][]string {
+	rows := [][]string{{"NAME", "ADDRESS", "MAC", "POOL", "STATE"}}
+	var lines [][]string
+	for _, p := range d.Pools {
+		for _, n := range p.Names {
+			state := "kept"
+			switch {
+			case n.Held && n.Reserved:
+				state = "reserved, in use"
+			case n.Reserved:
+				state = "reserved"
+			case n.Held:
+				state = "in use"
+			case !n.Released.IsZero():
+				state = "kept, released " + n.Released.UTC().Format(time.RFC3339)
+			}
+			rows = append(rows, []string{n.Name, n.Address.String(), orDash(n.MAC), p.Pool, state})
+		}
+		if p.Warning != "" {
+			lines = append(lines, []string{"! " + p.Warning})
+		}
+		for _, a := range p.Stranded {
+			lines = append(lines, []string{fmt.Sprintf("! address %s of pool %s was given out and no endpoint has it: `weft address release %s` frees it", a, p.Pool, a)})
+		}
+	}
+	return append(rows, lines...)
 }
 
 func (d document) peers() [][]string {

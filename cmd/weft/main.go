@@ -24,6 +24,7 @@ const usage = `usage: weft COMMAND [FLAGS]
 
   serve     answer the engine: the plugin itself
   status    show networks, endpoints and pools: status [networks|endpoints|pools|peers]
+  address   keep or free an address: address reserve NAME ADDRESS|forget NAME|release ADDRESS
   secret    exchange the cluster's password: secret add|use|remove, the password on standard input
   version   show what this is
 
@@ -68,6 +69,8 @@ func run(ctx context.Context, args []string, p program) int {
 		err = p.serve(ctx, args[1:])
 	case "status":
 		err = p.status(ctx, args[1:])
+	case "address":
+		err = p.address(ctx, args[1:])
 	case "secret":
 		err = p.secret(ctx, args[1:])
 	case "version":

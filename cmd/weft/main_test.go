@@ -47,6 +47,8 @@ func TestArguments(t *testing.T) {
 		{"status neighbours", 2, "", "choose from networks, endpoints, pools, peers"},
 		{"status -h", 0, "", "-socket"},
 		{"serve -h", 0, "", "-pools"},
+		{"address keep web", 2, "", "reserve NAME ADDRESS"},
+		{"address release here", 2, "", `"here"`},
 		{"secret change", 2, "", "add, use, remove"},
 		{"serve -scope all", 2, "", "SCOPE"},
 		{"serve now", 2, "", `no argument "now"`},

@@ -22,8 +22,7 @@ type secretRequest struct{ Step, Password string }
 func (p program) secret(ctx context.Context, args []string) error {
 	steps := []string{overlay.SecretAdd, overlay.SecretUse, overlay.SecretRemove}
 	fs := flag.NewFlagSet("weft secret", flag.ContinueOnError)
-	socket := fs.String("socket", "", "socket of the plugin; looked for when not given")
-	state := fs.String("state", defaultState, "directory where a plugin keeps its state")
+	find := p.socketFlags(fs)
 	words, err := p.parse(fs, args)
 	if err != nil {
 		return err
@@ -35,16 +34,31 @@ func (p program) secret(ctx context.Context, args []string) error {
 	if err != nil {
 		return fmt.Errorf("read the password: %w", err)
 	}
-	sockets := []string{*socket}
-	if *socket == "" {
-		if sockets, err = p.find(*state); err != nil {
-			return err
+	socket, err := find()
+	if err != nil {
+		return err
+	}
+	return admin.Post(ctx, socket, admin.PathSecret, secretRequest{words[0], strings.TrimRight(string(password), "\r\n")}, &struct{}{})
+}
+
+// socketFlags adds the flags that say which plugin a command talks to, and
+// returns what finds its socket once they are parsed.
+func (p program) socketFlags(fs *flag.FlagSet) func() (string, error) {
+	socket := fs.String("socket", "", "socket of the plugin; looked for when not given")
+	state := fs.String("state", defaultState, "directory where a plugin keeps its state")
+	return func() (string, error) {
+		if *socket != "" {
+			return *socket, nil
 		}
+		sockets, err := p.find(*state)
+		if err == nil && len(sockets) > 1 {
+			err = fmt.Errorf("there are several plugins: choose one with --socket: %s", strings.Join(sockets, ", "))
+		}
+		if err != nil {
+			return "", err
+		}
+		return sockets[0], nil
 	}
-	if len(sockets) > 1 {
-		return fmt.Errorf("there are several plugins: choose one with --socket: %s", strings.Join(sockets, ", "))
-	}
-	return admin.Post(ctx, sockets[0], admin.PathSecret, secretRequest{words[0], strings.TrimRight(string(password), "\r\n")})
 }
 
 // secret carries it out.
@@ -53,11 +67,19 @@ func (d *daemon) secret(ctx context.Context, body []byte) (any, error) {
 	if err := json.Unmarshal(body, &req); err != nil {
 		return nil, fmt.Errorf("decode: %w", err)
 	}
-	d.mu.Lock()
-	p := d.parts
-	d.mu.Unlock()
-	if p == nil {
-		return nil, errors.New("the plugin has not recovered yet")
+	p, err := d.recoveredParts()
+	if err != nil {
+		return nil, err
 	}
 	return struct{}{}, p.cluster.Secret(ctx, req.Step, req.Password)
+}
+
+// recoveredParts are what commands work on.
+func (d *daemon) recoveredParts() (*parts, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.parts == nil {
+		return nil, errors.New("the plugin has not recovered yet")
+	}
+	return d.parts, nil
 }

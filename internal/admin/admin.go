@@ -18,8 +18,9 @@ import (
 
 // The paths. PathStatus is read; what is sent to another is carried out.
 const (
-	PathStatus = "/v1/status"
-	PathSecret = "/v1/secret"
+	PathStatus  = "/v1/status"
+	PathSecret  = "/v1/secret"
+	PathAddress = "/v1/address"
 )
 
 // Call answers a request with a value, or an error in one line. The body is
@@ -116,13 +117,13 @@ func Get(ctx context.Context, socket, path string, into any) error {
 	return ask(ctx, socket, http.MethodGet, path, nil, into)
 }
 
-// Post sends v to path.
-func Post(ctx context.Context, socket, path string, v any) error {
+// Post sends v to path and decodes the answer.
+func Post(ctx context.Context, socket, path string, v, into any) error {
 	body, err := json.Marshal(v)
 	if err != nil {
 		return fmt.Errorf("ask %s: encode: %w", socket, err)
 	}
-	return ask(ctx, socket, http.MethodPost, path, bytes.NewReader(body), new(json.RawMessage))
+	return ask(ctx, socket, http.MethodPost, path, bytes.NewReader(body), into)
 }
 
 func ask(ctx context.Context, socket, method, path string, send io.Reader, into any) error {

@@ -77,18 +77,18 @@ func TestStatus(t *testing.T) {
 
 func TestPost(t *testing.T) {
 	socket, _ := serve(t, func(context.Context) (any, error) { return nil, nil })
-	if err := admin.Post(t.Context(), socket, admin.PathSecret, "please"); err != nil {
+	if err := admin.Post(t.Context(), socket, admin.PathSecret, "please", new(any)); err != nil {
 		t.Error(err)
 	}
 	for path, part := range map[string]string{admin.PathSecret: "is not please", admin.PathStatus: "takes GET only"} {
-		if err := admin.Post(t.Context(), socket, path, "now"); err == nil || !strings.Contains(err.Error(), part) {
+		if err := admin.Post(t.Context(), socket, path, "now", new(any)); err == nil || !strings.Contains(err.Error(), part) {
 			t.Errorf("%s: %v, want %q", path, err, part)
 		}
 	}
 	if err := admin.Get(t.Context(), socket, admin.PathSecret, new(any)); err == nil || !strings.Contains(err.Error(), "takes POST only") {
 		t.Error(err)
 	}
-	if err := admin.Post(t.Context(), socket, admin.PathSecret, strings.Repeat("x", 1<<17)); err == nil || !strings.Contains(err.Error(), "too large") {
+	if err := admin.Post(t.Context(), socket, admin.PathSecret, strings.Repeat("x", 1<<17), new(any)); err == nil || !strings.Contains(err.Error(), "too large") {
 		t.Error(err)
 	}
 }

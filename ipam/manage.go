@@ -1,0 +1,242 @@
+package ipam
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Order is what somebody asks for by `weft address`.
+type Order struct {
+	Do string // release, forget or reserve
+	// Pool and Space say which pool, where that is not clear from the address.
+	Pool  netip.Prefix `json:",omitzero"`
+	Space string       `json:",omitempty"`
+	// Address is the address to release, or to reserve. forget takes a name, or
+	// an address.
+	Address netip.Addr `json:",omitzero"`
+	Name    string     `json:",omitempty"`
+	MAC     string     `json:",omitempty"`
+	// Force releases an address although it is not known that nobody uses it.
+	Force bool `json:",omitempty"`
+}
+
+// Carry carries an order out and returns what was done, for people.
+func (i *IPAM) Carry(ctx context.Context, o Order) (string, error) {
+	if err := i.ready(); err != nil {
+		return "", err
+	}
+	if o.Space != "" {
+		if err := i.loadShared(ctx); err != nil {
+			return "", err
+		}
+	}
+	do, ok := map[string]func(context.Context, *pool, Order) (string, error){
+		"release": i.orderRelease, "forget": i.orderForget, "reserve": i.orderReserve,
+	}[o.Do]
+	if !ok {
+		return "", fmt.Errorf("there is nothing like %q to do with an address: choose from release, forget, reserve", o.Do)
+	}
+	p, err := i.meant(o)
+	if err != nil {
+		return "", err
+	}
+	return do(ctx, p, o)
+}
+
+// meant finds the pool that an order is about.
+func (i *IPAM) meant(o Order) (*pool, error) {
+	i.mu.RLock()
+	all := slices.Collect(maps.Values(i.pools))
+	i.mu.RUnlock()
+	var found []*pool
+	for _, p := range all {
+		if o.Pool.IsValid() && p.prefix != o.Pool.Masked() || o.Space != "" && p.space != spaceOption+o.Space ||
+			o.Space == "" && !p.named() || o.Address.IsValid() && !p.prefix.Contains(o.Address) {
+			continue
+		}
+		if !o.Address.IsValid() && !p.knows(o.Name) {
+			continue
+		}
+		found = append(found, p)
+	}
+	what := "address " + o.Address.String()
+	if !o.Address.IsValid() {
+		what = "name " + o.Name
+	}
+	switch len(found) {
+	case 1:
+		return found[0], nil
+	case 0:
+		return nil, fmt.Errorf("%s is in no pool of this host: see `weft status pools`, and give -space for one that hosts share", what)
+	}
+	var pools []string
+	for _, p := range found {
+		pools = append(pools, p.prefix.String())
+	}
+	slices.Sort(pools)
+	return nil, fmt.Errorf("%s is in several pools (%s): say which with -pool", what, strings.Join(pools, ", "))
+}
+
+// knows reports whether anything is kept for a name.
+func (p *pool) knows(name string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, reserved := p.reservation(name)
+	return reserved || p.byName[name] != nil
+}
+
+// orderRelease frees an address that nobody gave back.
+func (i *IPAM) orderRelease(ctx context.Context, p *pool, o Order) (string, error) {
+	if !o.Address.IsValid() {
+		return "", errors.New("say which address to release")
+	}
+	p.mu.Lock()
+	taken, gateway := p.taken.has(o.Address), p.gateway() == o.Address
+	other, foreign := p.others[o.Address]
+	p.mu.Unlock()
+	used, known := i.used(p.prefix)
+	switch {
+	case !taken:
+		return "", fmt.Errorf("address %s of pool %s is not taken", o.Address, p.prefix)
+	case gateway:
+		return "", fmt.Errorf("address %s is the gateway of pool %s: it goes with the network", o.Address, p.prefix)
+	case !foreign && known && used(o.Address):
+		return "", fmt.Errorf("address %s of pool %s is that of an endpoint: disconnect its container instead", o.Address, p.prefix)
+	case foreign && !o.Force:
+		return "", fmt.Errorf("address %s of pool %s %s: if that host will never come back, repeat with -force", o.Address, p.prefix, &heldError{other})
+	case !foreign && !known && !o.Force:
+		return "", fmt.Errorf("pool %s is that of another driver's network, whose containers are not known: if none has %s, repeat with -force", p.prefix, o.Address)
+	}
+	if foreign {
+		if err := i.shared.evict(ctx, p.poolKey, o.Address, other.rev); err != nil {
+			return "", err
+		}
+		return fmt.Sprintf("address %s of pool %s is free; it was held by host %s", o.Address, p.prefix, other.Name), nil
+	}
+	if err := i.releaseAddress(ctx, poolID{poolKey: p.poolKey}, o.Address); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("address %s of pool %s is free", o.Address, p.prefix), nil
+}
+
+// orderForget drops what is kept or reserved for a name. A container that has
+// the address keeps it.
+func (i *IPAM) orderForget(ctx context.Context, p *pool, o Order) (string, error) {
+	p.mu.Lock()
+	name := o.Name
+	if b := p.byAddr[o.Address]; name == "" && b != nil {
+		name = b.name
+	}
+	if name == "" {
+		name = p.reservedFor[o.Address]
+	}
+	_, added := p.added[name]
+	_, option := p.opts.reserved[name]
+	b := p.byName[name]
+	p.mu.Unlock()
+	switch {
+	case option:
+		return "", fmt.Errorf("%s has an address of pool %s by the network's option reserve.%s: make the network again without it", name, p.prefix, name)
+	case added:
+		if err := i.putReserved(ctx, p, func(m map[string]reservation) { delete(m, name) }); err != nil {
+			return "", err
+		}
+	case b != nil:
+		if err := i.store.Delete(ctx, p.name(name)); err != nil {
+			return "", err
+		}
+		p.mu.Lock()
+		if p.byName[name] == b {
+			p.unbind(b)
+			p.woken(b.Address)
+		}
+		p.mu.Unlock()
+	default:
+		return "", fmt.Errorf("no name keeps address %s of pool %s", o.Address, p.prefix)
+	}
+	return fmt.Sprintf("nothing is kept for %s in pool %s", name, p.prefix), nil
+}
+
+// orderReserve keeps an address for a name from now on.
+func (i *IPAM) orderReserve(ctx context.Context, p *pool, o Order) (string, error) {
+	value := o.Address.String()
+	if o.MAC != "" {
+		value += "," + o.MAC
+	}
+	r, err := parseReservation(o.Name, value, p.prefix)
+	if err != nil {
+		return "", fmt.Errorf("reserve %s for %s: %w", value, o.Name, err)
+	}
+	if !p.named() {
+		return "", fmt.Errorf("pool %s is shared by hosts: an address of it cannot be reserved", p.prefix)
+	}
+	p.mu.Lock()
+	owner, option := p.reservedFor[r.addr], p.opts.reserved[o.Name].addr
+	b, taken := p.byAddr[r.addr], p.taken.has(r.addr)
+	p.mu.Unlock()
+	switch {
+	case option.IsValid():
+		return "", fmt.Errorf("%s has %s by the network's option reserve.%s: make the network again to change it", o.Name, option, o.Name)
+	case owner != "" && owner != o.Name:
+		return "", fmt.Errorf("address %s of pool %s is reserved for %s: `weft address forget %s` first", r.addr, p.prefix, owner, owner)
+	case taken && b != nil && b.name != o.Name:
+		return "", fmt.Errorf("address %s of pool %s is in use by %s: remove that container first", r.addr, p.prefix, b.name)
+	}
+	if err := i.putReserved(ctx, p, func(m map[string]reservation) { m[o.Name] = r }); err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("address %s of pool %s is reserved for %s", r, p.prefix, o.Name), nil
+}
+
+// putReserved changes what was reserved by command: record, then memory.
+func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]reservation)) error {
+	release, err := i.change(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	p.mu.Lock()
+	next := &pool{poolKey: p.poolKey, sub: p.sub, opts: p.opts, rev: p.rev, added: maps.Clone(p.added)}
+	closed := p.closed
+	p.mu.Unlock()
+	if closed {
+		return errPoolGone
+	}
+	change(next.added)
+	err = i.home(p.poolKey).putPool(ctx, next)
+	p.mu.Lock()
+	p.rev = next.rev
+	if err != nil {
+		p.rev = 0
+		p.mu.Unlock()
+		return err
+	}
+	p.added = next.added
+	lost := p.reserve()
+	p.mu.Unlock()
+	i.forgetNames(ctx, p, lost)
+	return nil
+}
+
+// strandedAfter is how long an address may be granted without an endpoint that
+// has it: the engine makes the endpoint right after it got the address.
+const strandedAfter = 10 * time.Minute
+
+// Station returns the MAC address that goes with an address of a pool of this
+// host, where there is one.
+func (i *IPAM) Station(prefix netip.Prefix, a netip.Addr) (MAC, bool) {
+	p := i.pool(poolKey{LocalSpace, prefix})
+	if p == nil {
+		return MAC{}, false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	r, ok := p.reservation(p.reservedFor[a])
+	return r.mac, ok && r.mac != MAC{} && p.taken.has(a)
+}
