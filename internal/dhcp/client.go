@@ -1,0 +1,373 @@
+package dhcp
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Errors that callers tell apart. After ErrSilent the same question may be asked
+// again later; after ErrRefused the address must no longer be counted on.
+var (
+	ErrSilent  = errors.New("no DHCP server answered")
+	ErrRefused = errors.New("refused by DHCP server")
+)
+
+// waits is how long each of the questions has for an answer. The engine gives
+// a request 30 s, in which more than one address may be asked for; a server that
+// pings an address before it offers it is silent for up to 3 s.
+var waits = []time.Duration{1500 * time.Millisecond, 2500 * time.Millisecond, 4 * time.Second}
+
+// rounds is how often an offer that turned out to be none is asked for anew.
+const rounds = 3
+
+// Station is whom a lease is for. Its IAID and the DUID are its identity for the
+// server (RFC 4361): the same ones get the same address, with whatever MAC.
+type Station struct {
+	MAC  [6]byte
+	IAID uint32 // of this station, among those of the host
+	DUID []byte // of the host, see DUID
+	Name string // host name for the server, made a DNS label; "" for none
+}
+
+// DUID is that of a host with this UUID (RFC 6355).
+func DUID(uuid [16]byte) []byte { return append([]byte{0, 4}, uuid[:]...) }
+
+// check refuses what no message could carry (RFC 8415, 11.1).
+func (s *Station) check() error {
+	if s.MAC == [6]byte{} || s.MAC[0]&1 != 0 {
+		return fmt.Errorf("%x is not the hardware address of a station", s.MAC)
+	}
+	if len(s.DUID) < 3 || len(s.DUID) > 130 {
+		return fmt.Errorf("a DUID has 3 to 130 bytes, this one %d", len(s.DUID))
+	}
+	return nil
+}
+
+// label is the name as a DNS label: swarm has dots in names, Compose has
+// underscores. "" if nothing remains.
+func (s *Station) label() string {
+	l := strings.Map(func(r rune) rune {
+		switch {
+		case r >= 'a' && r <= 'z', r >= '0' && r <= '9':
+			return r
+		case r >= 'A' && r <= 'Z':
+			return r + 'a' - 'A'
+		}
+		return '-'
+	}, s.Name)
+	l = strings.TrimLeft(l, "-")
+	return strings.TrimRight(l[:min(len(l), 63)], "-")
+}
+
+// Client asks for leases. The zero value is ready for use, by any number of
+// goroutines.
+type Client struct {
+	waits []time.Duration // nil: as above; tests have less time
+}
+
+// Offer asks what a server would grant, and takes nothing: which subnet, router
+// and options a LAN has. IPv4 only; DHCPv6 would tell no mask. Errors are as with
+// Acquire.
+func (c *Client) Offer(ctx context.Context, link string, s Station) (Lease, error) {
+	x, err := c.open(ctx, link, s, netip.Prefix{})
+	if err != nil {
+		return Lease{}, err
+	}
+	defer x.close()
+	return x.ask(discover, Lease{}, x.anyOffer(netip.Addr{}))
+}
+
+// Acquire leases an address on a link of this host, the one wanted unless that
+// is the zero Addr, and only one within the prefix if that is valid. With an
+// IPv6 prefix it is from DHCPv6, from the non-temporary ones (IA_NA).
+//
+// It returns within 8 s. A server that offers another address than the one
+// wanted has refused (ErrRefused); other answers that do not fit are ignored,
+// and if no more come that is ErrSilent.
+func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip.Addr, within netip.Prefix) (Lease, error) {
+	x, err := c.open(ctx, link, s, within)
+	if err != nil {
+		return Lease{}, err
+	}
+	defer x.close()
+	for round := 1; ; round++ {
+		offer, err := x.ask(discover, Lease{Address: hostPrefix(want)}, x.anyOffer(want))
+		if err != nil {
+			return Lease{}, err
+		}
+		l, err := x.ask(request, offer, x.answerTo(offer, true))
+		if errors.Is(err, ErrRefused) && round < rounds && x.ctx.Err() == nil {
+			continue
+		}
+		return l, err
+	}
+}
+
+// Extend asks for more time for a lease: at T1, again up to its end, and after a
+// restart. Past T2 every server may answer, before only the one that granted it.
+// The answer may differ in all but the address. Errors are ErrSilent and
+// ErrRefused, after which the lease is over.
+func (c *Client) Extend(ctx context.Context, link string, s Station, l Lease) (Lease, error) {
+	x, err := c.open(ctx, link, s, l.Address)
+	if err != nil {
+		return Lease{}, err
+	}
+	defer x.close()
+	if time.Since(l.Granted) < l.Rebind {
+		return x.ask(renew, l, x.answerTo(l, true))
+	}
+	return x.ask(rebind, l, x.answerTo(l, false))
+}
+
+// Release gives a lease back. Over IPv4 nobody confirms that; over IPv6
+// ErrSilent says that no server did.
+func (c *Client) Release(ctx context.Context, link string, s Station, l Lease) error {
+	return c.giveUp(ctx, link, s, l, release)
+}
+
+// Decline tells the server that somebody else has the address of a lease, so
+// that it will hand it to nobody for a while. What confirms it is as with
+// Release.
+func (c *Client) Decline(ctx context.Context, link string, s Station, l Lease) error {
+	return c.giveUp(ctx, link, s, l, decline)
+}
+
+func (c *Client) giveUp(ctx context.Context, link string, s Station, l Lease, k kind) error {
+	x, err := c.open(ctx, link, s, l.Address)
+	if err != nil {
+		return err
+	}
+	defer x.close()
+	if l.Address.Addr().Is4() {
+		return x.send(k, l)
+	}
+	// A server that knows nothing of the lease says so; that will do.
+	_, err = x.ask(k, l, func(a answer) (bool, error) { return a.verdict != offered, nil })
+	return err
+}
+
+// exchange is one use of a link: the socket, what was asked, what came.
+type exchange struct {
+	ctx     context.Context // ends with the time of the exchange
+	cancel  context.CancelFunc
+	link    string
+	within  netip.Prefix
+	waits   []time.Duration
+	started time.Time
+	conn    *socket
+	words   dialect
+	ignored string // the last answer that did not fit, and why
+}
+
+// kind of question; each protocol has its own message for it.
+type kind int
+
+const (
+	discover kind = iota
+	request
+	renew
+	rebind
+	release
+	decline
+)
+
+// dialect is DHCPv4 or DHCPv6.
+type dialect interface {
+	// compose makes the message of a station for one question. Of the lease only
+	// what the question is about counts; waited is for how long the station has
+	// been asking.
+	compose(k kind, about Lease, waited time.Duration) []byte
+	// read is the meaning of an answer to this station; an error if it has none.
+	// An address without a mask of its own gets that many bits.
+	read(b []byte, bits int) (answer, error)
+}
+
+// answer is what a server said.
+type answer struct {
+	verdict verdict
+	lease   Lease  // the server at least
+	reason  string // of a refusal, in the server's words
+}
+
+type verdict int
+
+const (
+	offered verdict = iota
+	granted
+	refused
+)
+
+// open makes an exchange, in the calling thread's network namespace.
+func (c *Client) open(ctx context.Context, link string, s Station, within netip.Prefix) (*exchange, error) {
+	x := &exchange{link: link, within: within, waits: c.waits, started: time.Now()}
+	if x.waits == nil {
+		x.waits = waits
+	}
+	err := s.check()
+	if err == nil {
+		s.DUID = slices.Clone(s.DUID)
+		x.words, x.conn, err = dial(link, s, within.Addr().Is6())
+	}
+	if err != nil {
+		return nil, fmt.Errorf("DHCP on %s: %w", link, err)
+	}
+	var all time.Duration
+	for _, w := range x.waits {
+		all += w
+	}
+	x.ctx, x.cancel = context.WithTimeout(ctx, all)
+	return x, nil
+}
+
+func (x *exchange) close() {
+	x.cancel()
+	x.conn.close()
+}
+
+// ask puts a question up to three times, until take has an answer to it or all
+// time is over. What take returns: whether the answer is the last word; if it
+// is not, an error is the outcome unless a better answer comes before the
+// question would be put again.
+func (x *exchange) ask(k kind, about Lease, take func(answer) (bool, error)) (Lease, error) {
+	for _, wait := range x.waits {
+		asked := time.Now().UTC()
+		if err := x.conn.until(x.ctx, asked.Add(wait)); err != nil {
+			return Lease{}, x.silence()
+		}
+		if err := x.send(k, about); err != nil {
+			return Lease{}, err
+		}
+		var pending error
+		for {
+			a, err := x.hear()
+			if errors.Is(err, errTime) {
+				break
+			}
+			if err != nil {
+				return Lease{}, fmt.Errorf("DHCP on %s: %w", x.link, err)
+			}
+			done, err := take(a)
+			if done {
+				a.lease.Granted = asked
+				return a.lease, err
+			}
+			pending = cmpOr(pending, err)
+		}
+		if pending != nil {
+			return Lease{}, pending
+		}
+	}
+	return Lease{}, x.silence()
+}
+
+func (x *exchange) send(k kind, about Lease) error {
+	if err := x.conn.send(x.words.compose(k, about, time.Since(x.started))); err != nil {
+		return fmt.Errorf("DHCP on %s: %w", x.link, err)
+	}
+	return nil
+}
+
+// hear waits for an answer that has a meaning.
+func (x *exchange) hear() (answer, error) {
+	for {
+		b, err := x.conn.receive()
+		if err != nil {
+			return answer{}, err
+		}
+		if a, err := x.words.read(b, x.within.Bits()); err == nil {
+			return a, nil
+		}
+	}
+}
+
+// anyOffer takes the first offer that fits.
+func (x *exchange) anyOffer(want netip.Addr) func(answer) (bool, error) {
+	return func(a answer) (bool, error) {
+		switch {
+		case a.verdict == refused && a.lease.Server.IsValid(): // over IPv4 only a request is refused
+			return false, nil
+		case a.verdict == refused:
+			return false, x.refusal("an address", a.lease, a.reason)
+		case a.verdict != offered || !x.fits(a.lease):
+			return false, nil
+		}
+		if got := a.lease.Address.Addr(); want.IsValid() && got != want {
+			return false, x.refusal(want.String(), a.lease, "it offers "+got.String()+" instead")
+		}
+		return true, nil
+	}
+}
+
+// answerTo takes the answer to a request for this very lease; from another
+// server only if it does not matter which one.
+func (x *exchange) answerTo(l Lease, same bool) func(answer) (bool, error) {
+	a0 := l.Address.Addr()
+	return func(a answer) (bool, error) {
+		own := a.lease.Server == l.Server && slices.Equal(a.lease.ServerDUID, l.ServerDUID)
+		switch {
+		case a.verdict == offered:
+			return false, nil
+		case same && !own:
+			x.ignore(a.lease, "which "+l.server()+" is to answer for")
+			return false, nil
+		case a.verdict == refused:
+			return own, x.refusal(a0.String(), a.lease, a.reason)
+		case a.lease.Address.Addr() != a0:
+			x.ignore(a.lease, "where "+a0.String()+" was asked for")
+			return false, nil
+		}
+		return x.fits(a.lease), nil
+	}
+}
+
+func (x *exchange) fits(l Lease) bool {
+	why := l.unfit(x.within)
+	if why != "" {
+		x.ignore(l, why)
+	}
+	return why == ""
+}
+
+func (x *exchange) ignore(l Lease, why string) {
+	what := "a refusal"
+	if l.Address.IsValid() {
+		what = l.Address.Addr().String()
+	}
+	x.ignored = fmt.Sprintf("%s from server %s, %s", what, l.server(), why)
+}
+
+func (x *exchange) refusal(what string, by Lease, reason string) error {
+	if reason != "" {
+		reason = ": " + reason
+	}
+	return fmt.Errorf("%s on %s is %w %s%s", what, x.link, ErrRefused, by.server(), reason)
+}
+
+// silence is the error of time that is over. A caller that has no more interest
+// gets what it said itself.
+func (x *exchange) silence() error {
+	if errors.Is(x.ctx.Err(), context.Canceled) {
+		return fmt.Errorf("DHCP on %s: %w", x.link, x.ctx.Err())
+	}
+	advice := "check that there is one on its LAN, and that no firewall or switch keeps DHCP from this port"
+	if x.ignored != "" {
+		advice = "ignored " + x.ignored
+	}
+	return fmt.Errorf("%w on %s within %.2g s: %s", ErrSilent, x.link, time.Since(x.started).Seconds(), advice)
+}
+
+// cmpOr is the first error.
+func cmpOr(a, b error) error {
+	if a != nil {
+		return a
+	}
+	return b
+}
+
+// hostPrefix is an address alone; the zero Prefix for the zero Addr.
+func hostPrefix(a netip.Addr) netip.Prefix { return netip.PrefixFrom(a, a.BitLen()) }

@@ -1,0 +1,180 @@
+package dhcp
+
+import (
+	"encoding/binary"
+	"errors"
+	"net"
+	"net/netip"
+	"slices"
+	"time"
+
+	"github.com/insomniacslk/dhcp/dhcpv4"
+	"github.com/insomniacslk/dhcp/iana"
+)
+
+// asked are the options that a lease has room for. Classless routes are asked
+// for before routers (RFC 3442).
+var asked = dhcpv4.OptParameterRequestList(
+	dhcpv4.OptionSubnetMask,
+	dhcpv4.OptionClasslessStaticRoute,
+	dhcpv4.OptionRouter,
+	dhcpv4.OptionDomainNameServer,
+	dhcpv4.OptionDomainName,
+	dhcpv4.OptionInterfaceMTU,
+	dhcpv4.OptionIPAddressLeaseTime,
+	dhcpv4.OptionRenewTimeValue,
+	dhcpv4.OptionRebindingTimeValue,
+)
+
+// v4 is DHCPv4 (RFC 2131) for one station and one transaction.
+type v4 struct {
+	station Station
+	xid     [4]byte
+}
+
+func (d *v4) compose(k kind, about Lease, waited time.Duration) []byte {
+	m := dhcpv4.DHCPv4{
+		OpCode:        dhcpv4.OpcodeBootRequest,
+		HWType:        iana.HWTypeEthernet,
+		TransactionID: d.xid,
+		NumSeconds:    uint16(min(waited/time.Second, 0xffff)),
+		ClientHWAddr:  d.station.MAC[:],
+		Options:       dhcpv4.Options{},
+	}
+	// In every message: a server that knows the station by it would take one
+	// without for a stranger.
+	m.UpdateOption(dhcpv4.OptClientIdentifier(d.clientID()))
+	if k == release || k == decline { // nothing else (RFC 2131, table 5)
+		m.UpdateOption(dhcpv4.OptServerIdentifier(about.Server.AsSlice()))
+		if k == release {
+			m.UpdateOption(dhcpv4.OptMessageType(dhcpv4.MessageTypeRelease))
+			m.ClientIPAddr = about.Address.Addr().AsSlice()
+		} else {
+			m.UpdateOption(dhcpv4.OptMessageType(dhcpv4.MessageTypeDecline))
+			m.UpdateOption(dhcpv4.OptRequestedIPAddress(about.Address.Addr().AsSlice()))
+		}
+		return m.ToBytes()
+	}
+	m.SetBroadcast()
+	m.UpdateOption(asked)
+	m.UpdateOption(dhcpv4.OptMaxMessageSize(1500)) // routes may need more than the 576 bytes of old
+	if name := d.station.label(); name != "" {
+		m.UpdateOption(dhcpv4.OptHostName(name))
+	}
+	if about.Address.IsValid() {
+		m.UpdateOption(dhcpv4.OptRequestedIPAddress(about.Address.Addr().AsSlice()))
+	}
+	if k == discover {
+		m.UpdateOption(dhcpv4.OptMessageType(dhcpv4.MessageTypeDiscover))
+		return m.ToBytes()
+	}
+	// More time is asked for as after a reboot (INIT-REBOOT, RFC 2131, 4.3.2),
+	// without ciaddr and server identifier: the answer to the usual form goes to the
+	// address itself, which is the container's.
+	m.UpdateOption(dhcpv4.OptMessageType(dhcpv4.MessageTypeRequest))
+	if k == request {
+		m.UpdateOption(dhcpv4.OptServerIdentifier(about.Server.AsSlice()))
+	}
+	return m.ToBytes()
+}
+
+// clientID is that of RFC 4361, 6.1.
+func (d *v4) clientID() []byte {
+	return append(binary.BigEndian.AppendUint32([]byte{255}, d.station.IAID), d.station.DUID...)
+}
+
+func (d *v4) read(b []byte, bits int) (answer, error) {
+	m, err := dhcpv4.FromBytes(b)
+	if err != nil {
+		return answer{}, err
+	}
+	if m.OpCode != dhcpv4.OpcodeBootReply || m.TransactionID != d.xid || !slices.Equal(m.ClientHWAddr, d.station.MAC[:]) {
+		return answer{}, errors.New("an answer to somebody else")
+	}
+	server, ok := addr4(m.ServerIdentifier())
+	if !ok {
+		return answer{}, errors.New("without a server identifier")
+	}
+	a := answer{lease: Lease{Server: server}}
+	switch m.MessageType() {
+	case dhcpv4.MessageTypeNak:
+		a.verdict, a.reason = refused, printable(m.Message())
+		return a, nil
+	case dhcpv4.MessageTypeOffer:
+		a.verdict = offered
+	case dhcpv4.MessageTypeAck:
+		a.verdict = granted
+	default:
+		return answer{}, errors.New("not an answer")
+	}
+	return a, a.lease.read4(m, bits)
+}
+
+// read4 fills in what an offer or an acknowledgement grants.
+func (l *Lease) read4(m *dhcpv4.DHCPv4, bits int) error {
+	if mask := m.SubnetMask(); mask != nil {
+		bits, _ = mask.Size()
+		if bits == 0 { // also of a mask with holes
+			return errors.New("mask is none")
+		}
+	}
+	a, ok := addr4(m.YourIPAddr)
+	if !ok || bits < 0 || bits > a.BitLen() {
+		return errors.New("no address, or no mask")
+	}
+	l.Address = netip.PrefixFrom(a, bits)
+	if l.Valid = m.IPAddressLeaseTime(0); l.Valid == 0 {
+		return errors.New("no lease time")
+	}
+	l.Renew, l.Rebind = m.IPAddressRenewalTime(0), m.IPAddressRebindingTime(0)
+	l.times()
+
+	if mtu, err := dhcpv4.GetUint16(dhcpv4.OptionInterfaceMTU, m.Options); err == nil && mtu >= 68 { // RFC 2132, 5.1
+		l.MTU = int(mtu)
+	}
+	l.DNS = addrs(m.DNS())
+	l.Domain = printable(m.DomainName())
+	if routes := m.ClasslessStaticRoute(); routes != nil {
+		l.routes4(routes)
+	} else if r := addrs(m.Router()); len(r) > 0 {
+		l.Router = r[0]
+	}
+	return nil
+}
+
+// routes4 fills in the classless routes, the default one as the router.
+func (l *Lease) routes4(routes []*dhcpv4.Route) {
+	for _, r := range routes {
+		ones, _ := r.Dest.Mask.Size()
+		to, ok := netip.AddrFromSlice(r.Dest.IP)
+		via, ok2 := netip.AddrFromSlice(r.Router)
+		switch {
+		case !ok || !ok2:
+		case ones == 0 && !via.IsUnspecified():
+			l.Router = via
+		default:
+			l.Routes = append(l.Routes, Route{To: netip.PrefixFrom(to, ones).Masked(), Via: via})
+		}
+	}
+}
+
+// addr4 is an IPv4 address other than 0.0.0.0.
+func addr4(ip net.IP) (netip.Addr, bool) {
+	a, ok := netip.AddrFromSlice(ip.To4())
+	return a, ok && !a.IsUnspecified()
+}
+
+func addrs(list []net.IP) []netip.Addr {
+	var out []netip.Addr
+	for _, ip := range list {
+		if a, ok := netip.AddrFromSlice(ip); ok && !a.Unmap().IsUnspecified() {
+			out = append(out, a.Unmap())
+		}
+	}
+	return out
+}
+
+// printable is a server's text without what would garble a log or a file.
+func printable(s string) string {
+	return string(slices.DeleteFunc([]byte(s), func(c byte) bool { return c < ' ' || c > '~' }))
+}
