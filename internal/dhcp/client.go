@@ -155,6 +155,7 @@ func (c *Client) giveUp(ctx context.Context, link string, s Station, l Lease, k 
 type exchange struct {
 	ctx     context.Context // ends with the time of the exchange
 	cancel  context.CancelFunc
+	stop    func() bool // what would end a receive with the context
 	link    string
 	within  netip.Prefix
 	waits   []time.Duration
@@ -221,10 +222,12 @@ func (c *Client) open(ctx context.Context, link string, s Station, within netip.
 		all += w
 	}
 	x.ctx, x.cancel = context.WithTimeout(ctx, all)
+	x.stop = context.AfterFunc(x.ctx, x.conn.wake)
 	return x, nil
 }
 
 func (x *exchange) close() {
+	x.stop()
 	x.cancel()
 	x.conn.close()
 }

@@ -140,16 +140,16 @@ func linkLocal(index int) (netip.Addr, error) {
 }
 
 // until sets the end of what is received from now on. An error is that of a
-// context that ended.
+// context that ended: only now, because the end just set may have undone wake.
 func (c *socket) until(ctx context.Context, t time.Time) error {
-	if end, ok := ctx.Deadline(); ok && end.Before(t) {
-		t = end
-	}
 	if err := c.file.SetReadDeadline(t); err != nil {
 		return err
 	}
 	return ctx.Err()
 }
+
+// wake ends a receive.
+func (c *socket) wake() { _ = c.file.SetReadDeadline(time.Unix(1, 0)) }
 
 // send sends a message to all servers. One that a full queue drops is lost like
 // one on the wire.
