@@ -117,6 +117,13 @@ func parseSubnet(data *wire.IPAMData) (s Subnet, ok bool, err error) {
 		return s, false, fmt.Errorf("subnet %q is not one", clip(data.Pool))
 	}
 	if s.Pool.Bits() == 0 {
+		// Our IPAM half answers this for a subnet that the engine would refuse
+		// as the host's own; the gateway's mask says which it is.
+		if gateway, err := netip.ParsePrefix(data.Gateway); err == nil {
+			s.Pool = gateway.Masked()
+		}
+	}
+	if s.Pool.Bits() == 0 {
 		return s, false, nil
 	}
 	if data.Gateway != "" {

@@ -413,7 +413,10 @@ func (d *Driver) checkOthers(ctx context.Context, rec Network) error {
 func (d *Driver) inTheWay(rec Network, o *network) error {
 	for _, s := range rec.Subnets {
 		for _, t := range o.rec.Subnets {
-			if s.Pool.Overlaps(t.Pool) {
+			// The LAN's subnet may be that of several networks on it: where its
+			// own DHCP server hands the addresses out, none is given twice.
+			sameLAN := s.Pool == t.Pool && rec.onLAN() != "" && rec.onLAN() == o.rec.onLAN()
+			if s.Pool.Overlaps(t.Pool) && !sameLAN {
 				return fmt.Errorf("subnet %s overlaps with one of network %s", s.Pool, short(o.rec.ID))
 			}
 		}

@@ -39,13 +39,16 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 		}
 		// Whoever has it was not asked by us: back with it, and on to the next.
 		// A name keeps what it is bound to for the next time.
+		i.squat(r.id, a.Addr())
 		if rerr := i.releaseAddress(context.WithoutCancel(ctx), r.id, a.Addr()); rerr != nil {
 			return netip.Prefix{}, fmt.Errorf("%w (and giving it back: %w)", err, rerr)
 		}
 		if r.want.IsValid() || reserved || ctx.Err() != nil {
 			return netip.Prefix{}, err
 		}
-		r.name = ""
+		if r.id.dhcp() == "" { // else the server has been told
+			r.name = ""
+		}
 	}
 	return netip.Prefix{}, fmt.Errorf("%d addresses in a row are held by others, the last one: %w", mostSquatters, err)
 }
@@ -70,6 +73,13 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 		}
 		var a netip.Addr
 		r, again := r, false
+		if p.dhcp() != "" && (r.kind != kindGateway || !r.want.IsValid()) {
+			leased, err := i.lease(ctx, p, r)
+			if errors.Is(err, errPoolGone) {
+				continue
+			}
+			return leased, r.want.IsValid(), err
+		}
 		if !p.shared() && r.kind != kindGateway {
 			if reserved, err = i.call(ctx, p, &r); err != nil {
 				return netip.Prefix{}, false, err
@@ -383,6 +393,9 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 // that fails Run goes on: the engine ignores the error and never asks again.
 func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 	err := i.home(p.poolKey).dropAddress(ctx, p.poolKey, a)
+	if err == nil && p.dhcp() != "" {
+		i.unlease(ctx, p, a)
+	}
 	p.mu.Lock()
 	close(b.done)
 	if err != nil {

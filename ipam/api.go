@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/docker/go-plugins-helpers/ipam"
 
@@ -50,11 +51,51 @@ func (i *IPAM) RequestPool(ctx context.Context, req ipam.RequestPoolRequest) (ip
 	if err != nil {
 		return ipam.RequestPoolResponse{}, err
 	}
+	if r.opts.dhcp != "" {
+		return i.answerLeased(ctx, r)
+	}
 	id, err := i.requestPool(ctx, r)
 	if err != nil {
 		return ipam.RequestPoolResponse{}, err
 	}
 	return ipam.RequestPoolResponse{PoolID: id.String(), Pool: id.prefix.String(), Data: map[string]string{}}, nil
+}
+
+// anyPool is the one subnet that the engine does not compare with the host's
+// routes. Where it asked for none itself, it asks again for ever if it is answered
+// one that overlaps them, and a LAN that the host is on does.
+const anyPool = "0.0.0.0/0"
+
+// answerLeased makes a pool with DHCP. The network half learns a subnet that
+// cannot be said from the gateway's mask.
+func (i *IPAM) answerLeased(ctx context.Context, r poolRequest) (ipam.RequestPoolResponse, error) {
+	resp := ipam.RequestPoolResponse{Data: map[string]string{}}
+	if i.dhcp == nil {
+		return resp, errors.New("ipam option dhcp: this plugin was built without")
+	}
+	id, router, err := i.requestLeased(ctx, r)
+	if err != nil {
+		return resp, err
+	}
+	resp.PoolID, resp.Pool = id.String(), id.prefix.String()
+	if router.IsValid() {
+		resp.Data[plugin.RequestAddressGateway] = router.String()
+	}
+	if r.prefix.IsValid() {
+		return resp, nil
+	}
+	host, err := i.host(ctx)
+	if err == nil && slices.ContainsFunc(host, func(p netip.Prefix) bool { return p.Bits() > 0 && p.Overlaps(id.prefix) }) {
+		resp.Pool = anyPool
+		if !router.IsValid() {
+			err = fmt.Errorf("ipam option dhcp=%s: the server hands out addresses of %s and names no router: give --subnet %s", r.opts.dhcp, id.prefix, id.prefix)
+		}
+	}
+	if err != nil {
+		_ = i.releasePool(ctx, id) // what fails Run does
+		return ipam.RequestPoolResponse{}, err
+	}
+	return resp, nil
 }
 
 func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {

@@ -39,6 +39,11 @@ type Config struct {
 	// this subnet uses: those of endpoints, and what it was made with. nil, or
 	// false: nobody knows.
 	Used func(netip.Prefix) (uses func(netip.Addr) bool, ok bool)
+	// DHCP asks the DHCP servers of LANs. nil: there is none to ask.
+	DHCP interface {
+		leaser
+		lessee
+	}
 	// Pools is where automatic pools come from. A family without a range in
 	// it has the default ones.
 	Pools []PoolRange
@@ -65,6 +70,13 @@ type IPAM struct {
 	shared *shared
 	feed   feed // nil without a cluster
 	now    func() time.Time
+	dhcp   interface {
+		leaser
+		lessee
+	}
+	duid   []byte        // of this host, once it was needed; guarded by changes
+	stray  []strayLease  // read from disk, for Run
+	leases chan struct{} // holds one token: when the next lease is due may have changed
 
 	nameless sync.Once // that the engine tells no names was logged
 
@@ -112,6 +124,11 @@ type pool struct {
 	// in kept, without in quarantined.
 	since             map[netip.Addr]time.Time
 	kept, quarantined queue
+	// With DHCP: the leases, which stations have one or are asking for one, and
+	// what has happened.
+	leased map[netip.Addr]*leased
+	keys   map[string]bool
+	counts leaseCounts
 	// In a shared space: mine has the addresses of this host with the revision
 	// that it wrote, others all else that is taken, gateways included.
 	mine      map[netip.Addr]uint64
@@ -124,7 +141,7 @@ func newPool(id poolID) *pool {
 	return &pool{
 		poolKey: id.poolKey, sub: id.sub, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{},
 		byName: map[string]*binding{}, byAddr: map[netip.Addr]*binding{}, added: map[string]reservation{},
-		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{},
+		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{}, leased: map[netip.Addr]*leased{}, keys: map[string]bool{},
 		mine: map[netip.Addr]uint64{}, others: map[netip.Addr]heldClaim{},
 	}
 }
@@ -152,7 +169,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, used: c.Used, log: c.Log, now: time.Now,
+		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, used: c.Used, log: c.Log, now: time.Now, dhcp: c.DHCP, leases: make(chan struct{}, 1),
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]bool{}, owed: map[string]bool{}},
 	}
@@ -323,6 +340,11 @@ func swarm(id string) bool { return len(id) == 25 }
 
 // addPool writes the record of a new pool. The caller holds changes.
 func (i *IPAM) addPool(ctx context.Context, id poolID, o poolOptions) error {
+	if id.dhcp() != "" {
+		if err := i.loadDUID(ctx); err != nil {
+			return err
+		}
+	}
 	p := newPool(id)
 	p.opts = o
 	p.reserve()
@@ -438,6 +460,11 @@ func (i *IPAM) drop(ctx context.Context, p *pool) error {
 		case <-b.done:
 		case <-ctx.Done():
 			return fmt.Errorf("release pool %s: an address is still being written: %w", p.prefix, ctx.Err())
+		}
+	}
+	if p.dhcp() != "" {
+		if err := i.dropLeases(ctx, p); err != nil {
+			return err
 		}
 	}
 	if err := i.home(p.poolKey).dropPool(ctx, p.poolKey); err != nil {

@@ -57,6 +57,9 @@ func (i *IPAM) Load(ctx context.Context) error {
 	if err := i.loadNames(ctx, pools, holders); err != nil {
 		return err
 	}
+	if err := i.loadLeases(ctx, pools); err != nil {
+		return err
+	}
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.pools, i.loaded = pools, true

@@ -109,7 +109,7 @@ func (i *IPAM) orderRelease(ctx context.Context, p *pool, o Order) (string, erro
 	case !foreign && known && used(o.Address):
 		return "", fmt.Errorf("address %s of pool %s is that of an endpoint: disconnect its container instead", o.Address, p.prefix)
 	case foreign && !o.Force:
-		return "", fmt.Errorf("address %s of pool %s %s: if that host will never come back, repeat with -force", o.Address, p.prefix, &heldError{other})
+		return "", fmt.Errorf("address %s of pool %s %w: if that host will never come back, repeat with -force", o.Address, p.prefix, &heldError{other})
 	case !foreign && !known && !o.Force:
 		return "", fmt.Errorf("pool %s is that of another driver's network, whose containers are not known: if none has %s, repeat with -force", p.prefix, o.Address)
 	}
@@ -231,12 +231,30 @@ const strandedAfter = 10 * time.Minute
 // Station returns the MAC address that goes with an address of a pool of this
 // host, where there is one.
 func (i *IPAM) Station(prefix netip.Prefix, a netip.Addr) (MAC, bool) {
-	p := i.pool(poolKey{LocalSpace, prefix})
-	if p == nil {
-		return MAC{}, false
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	for k, p := range i.pools {
+		if k.prefix != prefix || !k.named() {
+			continue
+		}
+		if mac, ok := p.station(a); ok {
+			return mac, true
+		}
 	}
+	return MAC{}, false
+}
+
+// station is the MAC address of a taken address: that of its lease, or what is
+// reserved.
+func (p *pool) station(a netip.Addr) (MAC, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	r, ok := p.reservation(p.reservedFor[a])
-	return r.mac, ok && r.mac != MAC{} && p.taken.has(a)
+	if !p.taken.has(a) {
+		return MAC{}, false
+	}
+	if l := p.leased[a]; l != nil {
+		return l.Station.MAC, true
+	}
+	r, _ := p.reservation(p.reservedFor[a])
+	return r.mac, r.mac != MAC{}
 }

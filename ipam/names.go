@@ -32,7 +32,7 @@ const mostKept = 4096
 
 func (k poolKey) names() string            { return namePrefix + k.space + "," + k.prefix.String() + "/" }
 func (k poolKey) name(name string) string  { return k.names() + name }
-func (k poolKey) named() bool              { return k.space == LocalSpace }
+func (k poolKey) named() bool              { return k.space == LocalSpace || k.dhcp() != "" }
 func (p *pool) reserved(a netip.Addr) bool { return p.reservedFor[a] != "" }
 
 // task is how swarm names the container of a task: SERVICE.SLOT.ID, or
@@ -123,7 +123,7 @@ func (i *IPAM) call(ctx context.Context, p *pool, r *addressRequest) (reserved b
 	}
 	if r.want.IsValid() {
 		if owner := p.reservedFor[r.want]; owner != "" && r.name != "" && r.name != owner {
-			return false, fmt.Errorf("address %s of pool %s is reserved for %s: take another, or `weft address forget %s`", r.want, p.prefix, owner, owner)
+			return false, p.othersName(r.want, owner)
 		}
 		if b := p.byName[r.name]; b != nil && b.Address != r.want && p.taken.has(b.Address) {
 			r.name = "" // another container of that name runs
@@ -145,6 +145,10 @@ func (i *IPAM) call(ctx context.Context, p *pool, r *addressRequest) (reserved b
 		r.name = ""
 	}
 	return false, nil
+}
+
+func (p *pool) othersName(a netip.Addr, owner string) error {
+	return fmt.Errorf("address %s of pool %s is reserved for %s: take another, or `weft address forget %s`", a, p.prefix, owner, owner)
 }
 
 // bind notes that a name has been given an address, which is taken, and ends

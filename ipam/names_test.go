@@ -55,7 +55,7 @@ func TestPoolOptions(t *testing.T) {
 		{"", "reserve.web", "10.0.0.5", "give the subnet that the address is of with --subnet"},
 		{"10.0.0.0/24", "quarantine", "60", "a time is written as 90s, 5m or 24h"},
 		{"10.0.0.0/24", "keep", "-1s", "a time is written as"},
-		{"10.0.0.0/24", "quarantaine", "60s", `did you mean "quarantine"?`},
+		{"10.0.0.0/24", "quarantin", "60s", `did you mean "quarantine"?`},
 	} {
 		_, err := h.pooled(c.prefix, map[string]string{c.key: c.value})
 		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), c.key) {
@@ -66,7 +66,7 @@ func TestPoolOptions(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "10.0.0.5 is reserved for a already") {
 		t.Error(err)
 	}
-	if _, err = h.pooled("10.0.0.0/24", map[string]string{"space": "blue", "keep": "1h"}); err == nil || !strings.Contains(err.Error(), "are for pools of one host") {
+	if _, err = h.pooled("10.0.0.0/24", map[string]string{"space": "blue", "keep": "1h"}); err == nil || !strings.Contains(err.Error(), "the other options are for pools of one host") {
 		t.Error(err)
 	}
 	// The engine sends both pools of a network the same options.

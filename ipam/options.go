@@ -26,6 +26,7 @@ const defaultQuarantine = 60 * time.Second
 // poolOptions is what the user gave with --ipam-opt, in parsed form.
 type poolOptions struct {
 	space      string
+	dhcp       string // the link on which a DHCP server hands out the addresses
 	quarantine time.Duration
 	// keep is how long a name keeps an address after its release; negative:
 	// until the pool needs it.
@@ -62,6 +63,8 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 		switch {
 		case k+"=" == spaceOption:
 			o.space, err = v, checkSpaceName(v)
+		case k+"=" == dhcpSpace:
+			o.dhcp, err = v, checkLink(v)
 		case k == "quarantine":
 			o.quarantine, err = parseTime(v)
 		case k == "keep":
@@ -71,7 +74,7 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 		case strings.HasPrefix(k, "com.docker.network.") || k == plugin.OptionRequestAddressType:
 			continue
 		default:
-			valid := []string{"space", "quarantine", "keep", reserveOption + "NAME"}
+			valid := []string{"space", "dhcp", "quarantine", "keep", reserveOption + "NAME"}
 			return o, fmt.Errorf("ipam option %q is not known: did you mean %q? valid are %s", k, plugin.Nearest(k, valid), strings.Join(valid, ", "))
 		}
 		if err != nil {
@@ -85,7 +88,10 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 		}
 	}
 	if o.space != "" && o.raw != nil {
-		return o, fmt.Errorf("ipam option space=%s: quarantine, keep and reserve.NAME are for pools of one host: leave them out, and give addresses with --ip", o.space)
+		return o, fmt.Errorf("ipam option space=%s: the other options are for pools of one host: leave them out, and give addresses with --ip", o.space)
+	}
+	if _, ok := o.raw["quarantine"]; ok && o.dhcp != "" {
+		return o, fmt.Errorf("ipam option dhcp=%s: how long a released address rests is up to the server: leave quarantine out", o.dhcp)
 	}
 	return o, nil
 }

@@ -65,6 +65,10 @@ func (id poolID) validate() error {
 		if err := checkSpaceName(id.spaceName()); err != nil {
 			return err
 		}
+	} else if link := id.dhcp(); link != "" {
+		if err := checkLink(link); err != nil {
+			return err
+		}
 	} else if id.space != LocalSpace && id.space != GlobalSpace {
 		return fmt.Errorf("there is no address space %q, only %s and %s", id.space, LocalSpace, GlobalSpace)
 	}

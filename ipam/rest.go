@@ -13,16 +13,16 @@ type occupancy struct {
 	resting, either addrSet
 }
 
-func (o *occupancy) add(a netip.Addr) bool {
+func (o *occupancy) add(a netip.Addr) {
 	o.either.add(a)
-	return o.addrSet.add(a)
+	o.addrSet.add(a)
 }
 
-func (o *occupancy) remove(a netip.Addr) bool {
+func (o *occupancy) remove(a netip.Addr) {
 	if !o.resting.has(a) {
 		o.either.remove(a)
 	}
-	return o.addrSet.remove(a)
+	o.addrSet.remove(a)
 }
 
 func (o *occupancy) rest(a netip.Addr) {
@@ -62,7 +62,7 @@ func (p *pool) rested(a netip.Addr, now time.Time) {
 	switch {
 	case b != nil:
 		b.Released, q = now, &p.kept
-	case p.opts.quarantine == 0 || p.shared():
+	case p.opts.quarantine == 0 || p.shared() || p.dhcp() != "":
 		return
 	}
 	p.taken.rest(a)

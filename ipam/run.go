@@ -35,8 +35,8 @@ func (i *IPAM) later(c cleanup) {
 }
 
 // Run frees addresses and pools that could not be freed when they should have
-// been, because the disk hung, failed or was full or the cluster was away, and
-// follows what other hosts do. It ends with ctx and returns nil. Without it
+// been, because the disk hung, failed or was full or the cluster was away,
+// extends leases, and follows what other hosts do. It ends with ctx and returns nil. Without it
 // nothing breaks, but those addresses stay taken.
 func (i *IPAM) Run(ctx context.Context) error {
 	g, ctx := errgroup.WithContext(ctx)
@@ -44,6 +44,7 @@ func (i *IPAM) Run(ctx context.Context) error {
 		g.Go(func() error { return i.follow(ctx) })
 	}
 	g.Go(func() error { return i.clean(ctx) })
+	g.Go(func() error { return i.extend(ctx) })
 	return g.Wait()
 }
 

@@ -10,6 +10,8 @@ import (
 	"net/netip"
 	"slices"
 	"time"
+
+	"github.com/weftnet/weft/internal/dhcp"
 )
 
 // Status is what weft status shows of the pools. Its JSON form is stable.
@@ -36,6 +38,8 @@ type PoolStatus struct {
 	// Stranded are addresses that were given out some time ago and that no
 	// endpoint has; only for the networks of our own driver.
 	Stranded []netip.Addr `json:"stranded,omitempty"`
+	// DHCP is there for a pool whose addresses are leased.
+	DHCP *DHCPStatus `json:"dhcp,omitempty"`
 	// Warning says in one line that the pool is nearly used up.
 	Warning string `json:"warning,omitempty"`
 }
@@ -51,6 +55,23 @@ type NameStatus struct {
 	// that is known.
 	Held     bool      `json:"held"`
 	Released time.Time `json:"released,omitzero"`
+}
+
+// DHCPStatus is what there is to know of leases.
+type DHCPStatus struct {
+	Link   string        `json:"link"`
+	Counts leaseCounts   `json:"counts"` // since the plugin started
+	Leases []LeaseStatus `json:"leases"`
+}
+
+// LeaseStatus is one lease.
+type LeaseStatus struct {
+	Address netip.Addr `json:"address"`
+	Name    string     `json:"name,omitempty"` // of the container, where it is known
+	MAC     string     `json:"mac"`
+	Lease   dhcp.Lease `json:"lease"` // as the server granted it
+	Expires time.Time  `json:"expires"`
+	Trouble string     `json:"trouble,omitempty"` // why it was not extended last time
 }
 
 // nearlyFull is the use of a pool, in percent, from which on status warns; pools
@@ -89,11 +110,28 @@ func (i *IPAM) Status(ctx context.Context) Status {
 		lost := p.expire(i.now())
 		st.Names, st.Warning = p.nameStatus(), p.warning()
 		st.Resting = len(p.since) - len(p.current(p.kept))
+		st.DHCP = p.dhcpStatus()
 		p.mu.Unlock()
 		i.forgetNames(ctx, p, lost)
 		st.Stranded = i.stranded(ctx, p)
 		s.Pools = append(s.Pools, st)
 	}
+	return s
+}
+
+// dhcpStatus lists the leases; p.mu is held.
+func (p *pool) dhcpStatus() *DHCPStatus {
+	if p.dhcp() == "" {
+		return nil
+	}
+	s := &DHCPStatus{Link: p.dhcp(), Counts: p.counts, Leases: []LeaseStatus{}}
+	for a, l := range p.leased {
+		s.Leases = append(s.Leases, LeaseStatus{
+			Address: a, Name: l.Station.Name, MAC: net.HardwareAddr(l.Station.MAC[:]).String(),
+			Lease: l.Lease, Expires: l.expires().UTC(), Trouble: l.trouble,
+		})
+	}
+	slices.SortFunc(s.Leases, func(a, b LeaseStatus) int { return a.Address.Compare(b.Address) })
 	return s
 }
 
@@ -117,6 +155,9 @@ func (p *pool) nameStatus() []NameStatus {
 // warning tells of a pool that is nearly full; p.mu is held.
 func (p *pool) warning() string {
 	size := p.size()
+	if p.dhcp() != "" { // how many there are is the server's business
+		return ""
+	}
 	if !size.IsInt64() || size.Int64() < smallPool {
 		return ""
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/dhcp"
 	"github.com/weftnet/weft/internal/plugin"
 	"github.com/weftnet/weft/internal/store"
 	"github.com/weftnet/weft/ipam"
@@ -162,7 +163,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		return p, err
 	}
 	a := ipam.Config{
-		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Vet: p.driver.Vet, Used: p.driver.Used, Pools: pools, Log: log,
+		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Vet: p.driver.Vet, Used: p.driver.Used, DHCP: new(dhcp.Client), Pools: pools, Log: log,
 	}
 	if p.shared != nil {
 		a.Shared = p.shared
