@@ -42,9 +42,10 @@ type Mux struct {
 	log     logrus.FieldLogger
 	timeout time.Duration
 
-	mu        sync.RWMutex // over these three
+	mu        sync.RWMutex // over these four
 	handlers  map[string]handler
 	constants map[string][]byte
+	notices   map[string]func()
 	readyErr  error
 
 	once  sync.Once
@@ -63,7 +64,7 @@ func New(c Config) *Mux {
 	}
 	m := &Mux{
 		log: c.Log, timeout: c.Timeout,
-		handlers: map[string]handler{}, constants: map[string][]byte{},
+		handlers: map[string]handler{}, constants: map[string][]byte{}, notices: map[string]func(){},
 		ready: make(chan struct{}),
 	}
 	m.Constant(PathActivate, Activation{Implements: []string{"NetworkDriver", "IpamDriver"}})
@@ -104,6 +105,15 @@ func (m *Mux) Constant(path string, value any) {
 	defer m.mu.Unlock()
 	m.claim(path)
 	m.constants[path] = b
+}
+
+// Notice has f called whenever a constant is asked for, before the answer goes
+// out. f returns at once, as the answer is to be given at once. It may be called
+// while the Mux is being served.
+func (m *Mux) Notice(path string, f func()) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.notices[path] = f
 }
 
 // claim panics if path is taken, as http.ServeMux does.
@@ -175,9 +185,12 @@ func (m *Mux) answer(ctx context.Context, w http.ResponseWriter, r *http.Request
 		return nil, nil, &refusal{http.StatusMethodNotAllowed, fmt.Sprintf("method %s: calls are made with POST", clip(r.Method))}
 	}
 	m.mu.RLock()
-	constant := m.constants[r.URL.Path]
+	constant, notice := m.constants[r.URL.Path], m.notices[r.URL.Path]
 	m.mu.RUnlock()
 	if constant != nil {
+		if notice != nil {
+			notice()
+		}
 		return constant, nil, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.timeout)

@@ -242,8 +242,13 @@ func TestConstants(t *testing.T) {
 		}
 	}
 	check() // while recovery runs
+	var asked atomic.Int32
+	s.Notice(plugin.PathIpamCapabilities, func() { asked.Add(1) })
 	s.Ready(errors.New("database damaged"))
 	check()
+	if n := asked.Load(); n != 3 {
+		t.Errorf("asked for IPAM's capabilities 3 times, noticed %d times", n)
+	}
 }
 
 func TestRefusals(t *testing.T) {
