@@ -165,6 +165,13 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			a, lost, ok = p.oldest(r.id)
 		}
 		if !ok {
+			if old, b := p.reclaim(r.id); b != nil {
+				p.mu.Unlock()
+				if err := i.free(ctx, p, old, b); err != nil {
+					return netip.Addr{}, err
+				}
+				continue
+			}
 			defer p.mu.Unlock()
 			return netip.Addr{}, p.exhausted(r.id)
 		}

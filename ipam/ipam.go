@@ -88,6 +88,8 @@ type IPAM struct {
 	pools  map[poolKey]*pool
 	loaded bool
 
+	epoch epoch
+
 	queueMu sync.Mutex
 	queue   []cleanup
 	wake    chan struct{}
@@ -129,6 +131,9 @@ type pool struct {
 	leased map[netip.Addr]*leased
 	keys   map[string]bool
 	counts leaseCounts
+	// unconfirmed: this host's swarm allocator has not named the pool since it
+	// began. Then and later, stale has the addresses that it has not named.
+	unconfirmed bool
 	// In a shared space: mine has the addresses of this host with the revision
 	// that it wrote, others all else that is taken, gateways included.
 	mine      map[netip.Addr]uint64
@@ -221,6 +226,7 @@ type poolRequest struct {
 }
 
 func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
+	i.confirm(r.poolKey)
 	ctx, cancel := r.within(ctx)
 	defer cancel()
 	if r.shared() {
@@ -251,8 +257,8 @@ func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
 			return poolID{}, err
 		}
 	}
-	if o := i.overlap(r.poolKey); o != nil {
-		return poolID{}, i.inUse(r.prefix, o)
+	if err := i.displace(ctx, r.poolKey); err != nil {
+		return poolID{}, err
 	}
 	return r.poolID, i.addPool(ctx, r.poolID, r.opts)
 }
@@ -307,16 +313,16 @@ func (i *IPAM) loadULA(ctx context.Context) error {
 	return nil
 }
 
-// overlap returns another pool of the same space that k overlaps, if any.
-func (i *IPAM) overlap(k poolKey) *pool {
+// overlaps returns the other pools of the same space that k overlaps.
+func (i *IPAM) overlaps(k poolKey) (list []*pool) {
 	i.mu.RLock()
 	defer i.mu.RUnlock()
 	for o, p := range i.pools {
 		if o.space == k.space && o.prefix != k.prefix && o.prefix.Overlaps(k.prefix) {
-			return p
+			list = append(list, p)
 		}
 	}
-	return nil
+	return list
 }
 
 // inUse says which pool is in the way of a wanted one.
@@ -498,8 +504,8 @@ func (i *IPAM) find(ctx context.Context, id poolID) (*pool, error) {
 			return nil, err
 		}
 	}
-	if o := i.overlap(id.poolKey); o != nil {
-		return nil, fmt.Errorf("unknown pool %s: %w", id, i.inUse(id.prefix, o))
+	if o := i.overlaps(id.poolKey); o != nil {
+		return nil, fmt.Errorf("unknown pool %s: %w", id, i.inUse(id.prefix, o[0]))
 	}
 	if err := i.addPool(ctx, id, poolOptions{quarantine: defaultQuarantine, keep: -1}); err != nil {
 		return nil, err

@@ -173,7 +173,7 @@ func TestScripts(t *testing.T) {
 		g24 = "weft-global,10.1.0.0/24"
 	)
 	// Each line: call -> answer. An answer with … in it need only have the
-	// parts. "restart", "hold PREFIX ID" and "host PREFIX" change the scene.
+	// parts. "restart", "elected", "hold PREFIX ID" and "host PREFIX" change the scene.
 	for name, script := range map[string]string{
 		"a network's life": `
 			pool local 10.1.0.0/24 -> weft-local,10.1.0.0/24
@@ -295,6 +295,76 @@ func TestScripts(t *testing.T) {
 			addr weft-global,10.1.0.0/24,10.1.0.64/26 -> 10.1.0.65/24
 			unpool weft-global,10.1.0.0/24,10.1.0.64/26 -> ok
 			addr P 10.1.0.7 -> error: …in use…`,
+		"a new allocator repeats": `
+			pool global 10.1.0.0/24 -> G
+			gw G 10.1.0.1 -> 10.1.0.1/24
+			addr G 10.1.0.7 -> 10.1.0.7/24
+			pool local 10.1.0.0/24 -> P
+			elected
+			pool global 10.1.0.0/24 -> G
+			gw G 10.1.0.1 -> 10.1.0.1/24
+			addr G 10.1.0.7 -> 10.1.0.7/24
+			pool global 10.1.0.0/25 -> error: …overlaps 10.1.0.0/24…
+			pool global 10.1.0.0/16 -> error: …overlaps 10.1.0.0/24…
+			pool local 10.1.0.0/25 -> error: …overlaps 10.1.0.0/24…
+			addr G -> 10.1.0.2/24`,
+		"a new allocator does not know": `
+			pool global 10.1.0.0/24 -> G
+			addr G 10.1.0.7 -> 10.1.0.7/24
+			pool local 10.1.0.0/24 -> P
+			addr P 10.1.0.8 -> 10.1.0.8/24
+			pool global 10.1.0.0/16 -> error: …overlaps 10.1.0.0/24…
+			elected
+			pool global 4 -> weft-global,172.16.0.0/24
+			pool global 10.1.0.0/16 -> weft-global,10.1.0.0/16
+			addr weft-global,10.1.0.0/16 10.1.0.7 -> 10.1.0.7/16
+			pool global 10.1.0.0/24 -> error: …overlaps 10.1.0.0/16…
+			addr G -> error: unknown pool weft-global,10.1.0.0/24: …overlaps 10.1.0.0/16…
+			unpool G -> ok
+			pool local 10.1.0.0/16 -> error: …overlaps 10.1.0.0/24…
+			addr P 10.1.0.8 -> error: …in use…
+			restart
+			pool global 10.1.0.0/24 -> error: …overlaps 10.1.0.0/16…
+			pool global 10.1.0.0/16 -> weft-global,10.1.0.0/16`,
+		"a pool in two, one of them unknown": `
+			pool global 10.1.0.0/24 -> G
+			pool global 10.1.1.0/24 -> weft-global,10.1.1.0/24
+			addr weft-global,10.1.1.0/24 10.1.1.7 -> 10.1.1.7/24
+			elected
+			pool global 10.1.0.0/24 -> G
+			pool global 10.1.0.0/16 -> error: …overlaps 10.1.0.0/24…
+			pool global 10.1.1.0/24 -> weft-global,10.1.1.0/24
+			pool global 10.1.1.0/25 -> error: …overlaps 10.1.1.0/24…`,
+		"restart after an election": `
+			pool global 10.1.0.0/24 -> G
+			elected
+			restart
+			pool global 10.1.0.0/25 -> error: …overlaps 10.1.0.0/24…
+			pool global 10.1.0.0/24 -> G`,
+		"not the allocator's": `
+			pool global 10.1.0.0/24 -> G
+			hold 10.1.0.0/24 L
+			elected
+			pool global 10.1.0.0/25 -> error: …overlaps 10.1.0.0/24…`,
+		"addresses that a new allocator does not name": `
+			pool global 10.1.0.0/29 -> weft-global,10.1.0.0/29
+			gw weft-global,10.1.0.0/29 -> 10.1.0.1/29
+			addr weft-global,10.1.0.0/29 -> 10.1.0.2/29
+			addr weft-global,10.1.0.0/29 -> 10.1.0.3/29
+			addr weft-global,10.1.0.0/29 -> 10.1.0.4/29
+			addr weft-global,10.1.0.0/29 -> 10.1.0.5/29
+			elected
+			pool global 10.2.0.0/24 -> weft-global,10.2.0.0/24
+			addr weft-global,10.1.0.0/29 -> 10.1.0.6/29
+			addr weft-global,10.1.0.0/29 -> error: no free address…
+			pool global 10.1.0.0/29 -> weft-global,10.1.0.0/29
+			addr weft-global,10.1.0.0/29 10.1.0.2 -> 10.1.0.2/29
+			addr weft-global,10.1.0.0/29 10.1.0.4 -> 10.1.0.4/29
+			addr weft-global,10.1.0.0/29 -> 10.1.0.3/29
+			addr weft-global,10.1.0.0/29 -> 10.1.0.5/29
+			addr weft-global,10.1.0.0/29 -> error: no free address…
+			restart
+			addr weft-global,10.1.0.0/29 -> error: no free address…`,
 		"swarm network on a node": `
 			pool local 10.1.0.0/24 -> P
 			gw P 10.1.0.1 -> 10.1.0.1/24
@@ -382,6 +452,9 @@ func TestScripts(t *testing.T) {
 				switch f := strings.Fields(call); f[0] {
 				case "restart":
 					h.restart()
+					continue
+				case "elected":
+					h.Elected()
 					continue
 				case "hold":
 					h.hold(f[1], map[string]string{"L": localID, "S": swarmID}[f[2]])

@@ -22,6 +22,8 @@ type modelPool struct {
 	stale     map[netip.Addr]bool
 	adoptable bool
 	adopted   bool
+	// unconfirmed by the swarm's allocator that is in office
+	unconfirmed bool
 
 	opts  poolOptions
 	since map[netip.Addr]time.Time // released and left alone
@@ -52,7 +54,9 @@ type model struct {
 	pools map[poolKey]*modelPool
 	held  map[netip.Prefix]string
 	n     int
-	now   time.Time
+	// elected: an allocator has begun and made no request yet
+	elected bool
+	now     time.Time
 }
 
 // expire lets go of what has rested long enough.
@@ -67,8 +71,9 @@ func (m *model) expire(p *modelPool) {
 }
 
 func (m *model) restart() {
+	m.elected = false
 	for _, p := range m.pools {
-		p.adoptable, p.adopted, p.stale, p.last = true, false, nil, netip.Addr{}
+		p.adoptable, p.adopted, p.unconfirmed, p.stale, p.last = true, false, false, nil, netip.Addr{}
 		for a := range p.since {
 			if name, _ := p.keeper(a); name == "" {
 				delete(p.since, a)
@@ -91,10 +96,47 @@ func (m *model) overlap(k poolKey) bool {
 	return false
 }
 
+// overlapping is what a pool would have to displace, and whether it may.
+func (m *model) overlapping(k poolKey) (list []poolKey, ok bool) {
+	ok = true
+	for o, p := range m.pools {
+		if o.space == k.space && o != k && o.prefix.Overlaps(k.prefix) {
+			list, ok = append(list, o), ok && p.unconfirmed
+		}
+	}
+	return list, ok
+}
+
+// confirm is what the request of a pool tells about the allocator.
+func (m *model) confirm(id poolID) {
+	if id.space != GlobalSpace {
+		return
+	}
+	for k, p := range m.pools {
+		if n := len(m.held[k.prefix]); m.elected && k.space == GlobalSpace && (n == 0 || n == 25) {
+			p.unconfirmed, p.stale = true, map[netip.Addr]bool{}
+			for a := range p.taken {
+				p.stale[a] = true
+			}
+		}
+	}
+	m.elected = false
+	if p := m.pools[id.poolKey]; p != nil {
+		p.unconfirmed = false
+	}
+}
+
 // requestPool returns whether it is granted.
 func (m *model) requestPool(id poolID, o poolOptions) bool {
+	m.confirm(id)
 	p := m.pools[id.poolKey]
 	if p == nil {
+		list, ok := m.overlapping(id.poolKey)
+		for _, o := range list {
+			if ok {
+				delete(m.pools, o)
+			}
+		}
 		if m.overlap(id.poolKey) {
 			return false
 		}
@@ -209,6 +251,15 @@ func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
 			_, reserved := p.keeper(a)
 			return taken || reserved
 		})
+		for a := first; len(free) == 0 && r.id.space == GlobalSpace && !p.unconfirmed && !last.Less(a); a = a.Next() {
+			if !p.stale[a] || slices.Contains(p.gateways, a) {
+				continue
+			}
+			m.releaseAddress(r.id, a)
+			if _, reserved := p.keeper(a); !reserved {
+				free = []netip.Addr{a}
+			}
+		}
 		if len(free) == 0 {
 			return netip.Addr{}, false
 		}
@@ -365,6 +416,10 @@ func TestModel(t *testing.T) {
 				p := anID.Draw(r, "pool").prefix
 				m.held[p] = id
 				h.hold(p.String(), id)
+			},
+			"elected": func(*rapid.T) {
+				h.Elected()
+				m.elected = true
 			},
 			"restart": func(*rapid.T) {
 				h.restart()
