@@ -86,8 +86,11 @@ type Cluster struct {
 	joining  sync.Mutex        // one change of join at a time; before mu
 	self     netip.Addr        // this node's data address, by the swarm
 	vnis     map[string]uint32 // of the swarm's networks, on its leader
-	networks map[uint32]*network
-	saved    map[uint32]store.Record // what others had when this process started
+	// unconfirmed has those of vnis that the swarm's allocator on this node has not
+	// named since it began.
+	unconfirmed map[string]bool
+	networks    map[uint32]*network
+	saved       map[uint32]store.Record // what others had when this process started
 }
 
 // network is what is remembered of a network between two looks at it.

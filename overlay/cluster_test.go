@@ -371,6 +371,81 @@ func TestAllocate(t *testing.T) {
 	}
 }
 
+// TestElected is a leader that is replaced and comes back: of the networks that
+// it made, some were removed meanwhile.
+func TestElected(t *testing.T) {
+	b := newBench(t)
+	allocate := func(id string, vni uint32) error {
+		n := blue(vni)
+		n.ID = id
+		_, _, err := b.c.Allocate(t.Context(), n)
+		return err
+	}
+	refused := func(id string, vni uint32, by string) {
+		t.Helper()
+		if err := allocate(id, vni); err == nil || !strings.Contains(err.Error(), "network "+by) {
+			t.Errorf("VNI %d for %s, that of %s: %v", vni, id, by, err)
+		}
+	}
+	must := func(id string, vni uint32) {
+		t.Helper()
+		if err := allocate(id, vni); err != nil {
+			t.Error(err)
+		}
+	}
+	must("kept", 4001)
+	must("gone", 4002)
+	must("gone too", 4003)
+	refused("new", 4002, "gone")
+	b.c.Elected()
+	must("kept", 4001)
+	refused("new", 4001, "kept")
+	must("new", 4002)
+	refused("another", 4002, "new")
+	refused("gone", 4002, "new") // late, if it was there after all
+	if list, err := b.kept.List(t.Context(), vniKey); err != nil || len(list) != 3 {
+		t.Errorf("records %v, error %v", list, err)
+	}
+
+	// Another process does not know what was unconfirmed, and keeps it.
+	b.start(Join{})
+	refused("another", 4003, "gone too")
+	b.c.Elected()
+	must("kept", 4001)
+	must("another", 4003)
+	refused("another", 4001, "kept")
+}
+
+// TestVNIRace: of several networks that want one VNI at once, one has it.
+func TestVNIRace(t *testing.T) {
+	b := newBench(t)
+	old := blue(4001)
+	old.ID = "old"
+	if _, _, err := b.c.Allocate(t.Context(), old); err != nil {
+		t.Fatal(err)
+	}
+	b.c.Elected()
+	var got [8]error
+	var wg sync.WaitGroup
+	for i := range got {
+		wg.Go(func() {
+			n := blue(4001)
+			n.ID = fmt.Sprintf("n%d", i)
+			_, _, got[i] = b.c.Allocate(t.Context(), n)
+		})
+	}
+	wg.Wait()
+	granted := 0
+	for _, err := range got {
+		if err == nil {
+			granted++
+		}
+	}
+	if granted != 1 {
+		t.Errorf("%d networks have the VNI: %v", granted, got)
+	}
+}
+
 func TestAllocateWithSecret(t *testing.T) {
 	b := newBench(t)
 	b.start(Join{Keys: [][]byte{Key("password")}})

@@ -91,6 +91,9 @@ func (c *Cluster) extend(ctx context.Context, j Join) error {
 // key and gives it to the nodes with the network, as swarm does with the keys of
 // its own overlay: whoever may read the network's options may read it.
 func (c *Cluster) Allocate(ctx context.Context, n driver.Network) (vni uint32, join string, err error) {
+	c.mu.Lock()
+	delete(c.unconfirmed, n.ID)
+	c.mu.Unlock()
 	if n.Options.Join != "" { // our own answer, or that of the leader before us
 		if err := c.learn(ctx, n.Options.Join); err != nil {
 			return 0, "", err
@@ -116,25 +119,72 @@ func (c *Cluster) Allocate(ctx context.Context, n driver.Network) (vni uint32, j
 	}
 	switch {
 	case n.Options.VNI != 0:
-		if id := c.allocated(n.Options.VNI); id != "" && id != n.ID {
-			return 0, "", fmt.Errorf("VNI %d is that of network %.12s: give another with -o vni=, or none", n.Options.VNI, id)
-		}
 		vni = n.Options.VNI
 	case !known:
 		if vni, err = c.choose(ctx); err != nil {
 			return 0, "", err
 		}
 	}
-	if err := c.keep(ctx, vniKey+n.ID, fmt.Sprint(vni)); err != nil {
+	if err := c.claim(ctx, n.ID, vni); err != nil {
 		return 0, "", err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.vnis[n.ID] = vni
 	if c.c.Join.Keys != nil { // every node has the SECRET
 		return vni, Join{Peers: c.join.Peers}.String(), nil
 	}
 	return vni, c.join.String(), nil
+}
+
+// Elected says that a swarm allocator was started on this node. Networks may have
+// been removed while another node's was in office. The new one names all that
+// there are before it asks for others: those that it has not named may lose
+// their VNI.
+func (c *Cluster) Elected() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.unconfirmed = make(map[string]bool, len(c.vnis))
+	for id := range c.vnis {
+		c.unconfirmed[id] = true
+	}
+}
+
+// claim gives a network a VNI that no other has.
+func (c *Cluster) claim(ctx context.Context, id string, vni uint32) error {
+	c.mu.Lock()
+	before, known := c.vnis[id]
+	gone := ""
+	for o, v := range c.vnis {
+		if v != vni || o == id {
+			continue
+		}
+		if !c.unconfirmed[o] {
+			c.mu.Unlock()
+			return fmt.Errorf("VNI %d is that of network %.12s: give another with -o vni=, or none", vni, o)
+		}
+		gone = o
+	}
+	c.vnis[id] = vni // at once: another call may want it too
+	c.mu.Unlock()
+	var err error
+	if gone != "" {
+		c.c.Log.WithField("vni", vni).Infof("the swarm's allocator does not know network %.12s any more: its VNI is free", gone)
+		err = c.c.Kept.Delete(ctx, vniKey+gone)
+	}
+	if err == nil {
+		err = c.keep(ctx, vniKey+id, fmt.Sprint(vni))
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	switch {
+	case err == nil:
+		delete(c.vnis, gone)
+	case known:
+		c.vnis[id] = before
+	default:
+		delete(c.vnis, id)
+	}
+	return err
 }
 
 // allocated is the network of the swarm that has a VNI, or "".
@@ -153,6 +203,7 @@ func (c *Cluster) allocated(vni uint32) string {
 func (c *Cluster) Free(ctx context.Context, networkID string) error {
 	c.mu.Lock()
 	delete(c.vnis, networkID)
+	delete(c.unconfirmed, networkID)
 	c.mu.Unlock()
 	return c.c.Kept.Delete(ctx, vniKey+networkID)
 }
