@@ -26,6 +26,11 @@ import (
 // mostWait bounds the pause between two attempts to recover.
 const mostWait = 30 * time.Second
 
+// registering is for how long after it serves calls a process may still be asked
+// for its capabilities because it started. The engine asks at once; a machine
+// that has too much to do may take long over it.
+const registering = 30 * time.Second
+
 // daemon is everything behind the two sockets.
 type daemon struct {
 	settings settings
@@ -95,7 +100,25 @@ func (d *daemon) recovered(p *parts) {
 	d.mu.Unlock()
 	p.driver.Register(d.mux)
 	p.ipam.Register(d.mux)
+	d.mux.Notice(plugin.PathIpamCapabilities, later(p.ipam.Elected))
+	d.mux.Notice(plugin.PathNetworkCapabilities, later(p.cluster.Elected))
 	d.mux.Ready(nil)
+}
+
+// later returns a function that calls f, but not while the engine registers this
+// process. Nothing tells the two reasons for which it asks for capabilities
+// apart, except that a swarm allocator is usually started long after the
+// plugin. An allocator that was in office when the plugin crashed goes on without
+// repeating anything, so that a registration must never be taken for an
+// election; the other way round nothing is lost but what the election would have
+// freed.
+func later(f func()) func() {
+	start := time.Now()
+	return func() {
+		if time.Since(start) > registering {
+			f()
+		}
+	}
 }
 
 // failed reports whether err is not the error of the attempt before.
