@@ -541,6 +541,46 @@ func TestGossipRestart(t *testing.T) {
 	t.Logf("back after %s", took)
 }
 
+// TestGossipNextLeader: a node was told of the leader of the time alone, and is
+// not told of the next one, which makes itself known to that leader. When all
+// that it was told of is gone, the two have each other, also after a restart of
+// both: who was a member once is kept.
+func TestGossipNextLeader(t *testing.T) {
+	t.Parallel()
+	w := newWires()
+	leader := w.run(t, w.host(0))
+	told := leader.addr.String()
+	configs := []GossipConfig{w.host(1, told), w.host(2, told)} // the node, and the next leader
+	start := func() (node, next *node) {
+		for i := range configs {
+			configs[i].Table = NewTable(configs[i].ID, testGrace)
+		}
+		node, next = w.run(t, configs[0]), w.run(t, configs[1])
+		node.set(1, 11)
+		next.set(1, 12)
+		return node, next
+	}
+	stores := make([]*store.Bolt, len(configs))
+	for i := range configs {
+		stores[i] = openStore(t)
+		configs[i].Store = stores[i]
+	}
+	one, two := start()
+	met := func() bool { return one.sees(1, two, 12) && two.sees(1, one, 11) }
+	within(t, 5*time.Second, "the node hears the next leader", met)
+	leader.stop()
+	for _, s := range stores {
+		within(t, 5*time.Second, "both keep each other", func() bool {
+			list, err := s.List(t.Context(), peerPrefix)
+			return err == nil && len(list) == 2
+		})
+	}
+	one.stop()
+	two.stop()
+	one, two = start()
+	within(t, 5*time.Second, "after a restart, without the old leader", met)
+}
+
 // TestGossipRestartAtOnce: nobody has noticed that the host was away.
 func TestGossipRestartAtOnce(t *testing.T) {
 	t.Parallel()
