@@ -428,11 +428,7 @@ func TestVNIRace(t *testing.T) {
 	var got [8]error
 	var wg sync.WaitGroup
 	for i := range got {
-		wg.Go(func() {
-			n := blue(4001)
-			n.ID = fmt.Sprintf("n%d", i)
-			_, _, got[i] = b.c.Allocate(t.Context(), n)
-		})
+		wg.Go(func() { got[i] = b.c.claim(t.Context(), fmt.Sprintf("n%d", i), 4001) })
 	}
 	wg.Wait()
 	granted := 0
