@@ -28,6 +28,10 @@
 // a local pool that no network uses: the process died between the pool and
 // the network.
 //
+// In the global space a new allocator of this host's names all that it knows
+// before it asks for more. What it has not named is unconfirmed, and makes room
+// for what it asks for: see epoch.go.
+//
 // # State
 //
 // One record for each pool and each address, written before the answer. What
@@ -54,8 +58,8 @@
 // the table of pools; each pool's mu guards that pool; queueMu guards the list
 // of what Run has to do, and shared.mu what is known of writes to the cluster.
 // No mutex is held during a write, nor while the driver or the kernel is asked
-// something.
+// something. epoch.mu, over what is confirmed, is taken alone or before mu.
 //
-// Entry points: [New], [IPAM.Load], [IPAM.Run], [IPAM.Register], [IPAM.Status],
-// [ParsePools].
+// Entry points: [New], [IPAM.Load], [IPAM.Run], [IPAM.Register], [IPAM.Elected],
+// [IPAM.Status], [ParsePools].
 package ipam
