@@ -132,7 +132,7 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 	}
 	r.space = dhcpSpace + link
 	for n := 2; ; n++ {
-		if i.pool(r.poolKey) == nil && i.overlap(r.poolKey) == nil {
+		if i.pool(r.poolKey) == nil && len(i.overlaps(r.poolKey)) == 0 {
 			break
 		}
 		r.space = fmt.Sprint(dhcpSpace, link, ":", n)
