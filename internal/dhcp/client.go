@@ -357,7 +357,7 @@ func (x *exchange) silence() error {
 	if errors.Is(x.ctx.Err(), context.Canceled) {
 		return fmt.Errorf("DHCP on %s: %w", x.link, x.ctx.Err())
 	}
-	advice := "check that there is one on its LAN, and that no firewall or switch keeps DHCP from this port"
+	advice := "check that there is one on its LAN with addresses left, and that no firewall or switch keeps DHCP from this port"
 	if x.ignored != "" {
 		advice = "ignored " + x.ignored
 	}

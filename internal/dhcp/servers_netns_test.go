@@ -347,6 +347,34 @@ func TestReservations(t *testing.T) {
 	}
 }
 
+// Two servers take their time to look whether somebody has the address.
+func TestServerThatPings(t *testing.T) {
+	cfg := config4
+	cfg.Ping = true
+	onEach(t, cfg, func(n *lan) {
+		start := time.Now()
+		n.acquire(station(1), netip.Addr{})
+		n.Logf("a lease took %s", time.Since(start))
+	}, dhcptest.Dnsmasq, dhcptest.ISC)
+}
+
+// With no address left servers say so over IPv6, and nothing over IPv4.
+func TestNoAddressLeft(t *testing.T) {
+	for name, want := range map[string]error{"IPv4": ErrSilent, "IPv6": ErrRefused} {
+		t.Run(name, func(t *testing.T) {
+			cfg := families[name]
+			cfg.Last = cfg.First
+			onEach(t, cfg, func(n *lan) {
+				n.acquire(station(1), netip.Addr{})
+				_, err := hasty().Acquire(n.Context(), "lan0", station(2), netip.Addr{}, n.within)
+				if !errors.Is(err, want) {
+					n.Errorf("got %v; want %v", err, want)
+				}
+			})
+		})
+	}
+}
+
 // As many containers as an engine starts at once.
 func TestHundredAtOnce(t *testing.T) {
 	host, router := newLAN(t)

@@ -14,11 +14,14 @@ import (
 func (s *Server) dnsmasq() []string {
 	c := s.cfg
 	args := []string{"--keep-in-foreground", "--conf-file=/dev/null", "--user=root", "--group=root", "--pid-file=", "--port=0",
-		"--no-ping", "--log-dhcp", "--log-facility=-", "--no-resolv", "--no-hosts", "--interface=" + c.Link,
+		"--log-dhcp", "--log-facility=-", "--no-resolv", "--no-hosts", "--interface=" + c.Link,
 		"--dhcp-lease-max=2000", "--dhcp-leasefile=" + filepath.Join(s.dir, "leases")}
 	seconds := int(c.Lease.Seconds())
 	if c.Authoritative {
 		args = append(args, "--dhcp-authoritative")
+	}
+	if !c.Ping {
+		args = append(args, "--no-ping")
 	}
 	option := func(name6 string, code int, value string) {
 		switch {
@@ -66,7 +69,7 @@ func (s *Server) isc(six bool) []string {
 	var b strings.Builder
 	line := func(format string, arg ...any) { fmt.Fprintf(&b, format+";\n", arg...) }
 	line("ddns-update-style none")
-	line("ping-check false")
+	line("ping-check %t", c.Ping)
 	line("default-lease-time %[1]d;max-lease-time %[1]d;min-lease-time %[1]d", int(c.Lease.Seconds()))
 	if c.Authoritative {
 		line("authoritative")

@@ -43,6 +43,7 @@ type Config struct {
 	MTU           int
 	Routes        []Route
 	Reservations  []Reservation
+	Ping          bool // asks whether an address is in use before it offers it, as dnsmasq (for 3 s) and dhcpd (1 s) do by default
 	Authoritative bool // refuses what it does not know, instead of being silent
 }
 
