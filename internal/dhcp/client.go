@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -21,6 +22,11 @@ var (
 // a request 30 s, in which more than one address may be asked for; a server that
 // pings an address before it offers it is silent for up to 3 s.
 var waits = []time.Duration{1500 * time.Millisecond, 2500 * time.Millisecond, 4 * time.Second}
+
+// busy is how many times the usual time there is, at most, for a server that
+// answers others meanwhile. dnsmasq by default pings new addresses one after the
+// other for 3 s each, up to 6 of them, and answers nobody while it does.
+const busy = 3
 
 // rounds is how often an offer that turned out to be none is asked for anew.
 const rounds = 3
@@ -65,9 +71,12 @@ func (s *Station) label() string {
 }
 
 // Client asks for leases. The zero value is ready for use, by any number of
-// goroutines.
+// goroutines; a host has one.
 type Client struct {
 	waits []time.Duration // nil: as above; tests have less time
+
+	mu     sync.Mutex
+	served map[string]time.Time // when a station was last answered, by link
 }
 
 // Offer asks what a server would grant, and takes nothing: which subnet, router
@@ -86,7 +95,8 @@ func (c *Client) Offer(ctx context.Context, link string, s Station) (Lease, erro
 // is the zero Addr, and only one within the prefix if that is valid. With an
 // IPv6 prefix it is from DHCPv6, from the non-temporary ones (IA_NA).
 //
-// It returns within 8 s. A server that offers another address than the one
+// It returns within 8 s; within 24 s as long as a server answers other stations
+// on that link. A server that offers another address than the one
 // wanted has refused (ErrRefused); other answers that do not fit are ignored,
 // and if no more come that is ErrSilent.
 func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip.Addr, within netip.Prefix) (Lease, error) {
@@ -153,13 +163,15 @@ func (c *Client) giveUp(ctx context.Context, link string, s Station, l Lease, k 
 
 // exchange is one use of a link: the socket, what was asked, what came.
 type exchange struct {
-	ctx     context.Context // ends with the time of the exchange
+	client  *Client
+	ctx     context.Context
 	cancel  context.CancelFunc
 	stop    func() bool // what would end a receive with the context
 	link    string
 	within  netip.Prefix
 	waits   []time.Duration
 	started time.Time
+	end     time.Time // moved while the server is busy
 	conn    *socket
 	words   dialect
 	ignored string // the last answer that did not fit, and why
@@ -205,7 +217,7 @@ const (
 
 // open makes an exchange, in the calling thread's network namespace.
 func (c *Client) open(ctx context.Context, link string, s Station, within netip.Prefix) (*exchange, error) {
-	x := &exchange{link: link, within: within, waits: c.waits, started: time.Now()}
+	x := &exchange{client: c, link: link, within: within, waits: c.waits, started: time.Now()}
 	if x.waits == nil {
 		x.waits = waits
 	}
@@ -221,7 +233,8 @@ func (c *Client) open(ctx context.Context, link string, s Station, within netip.
 	for _, w := range x.waits {
 		all += w
 	}
-	x.ctx, x.cancel = context.WithTimeout(ctx, all)
+	x.end = x.started.Add(all)
+	x.ctx, x.cancel = context.WithTimeout(ctx, busy*all)
 	x.stop = context.AfterFunc(x.ctx, x.conn.wake)
 	return x, nil
 }
@@ -232,14 +245,21 @@ func (x *exchange) close() {
 	x.conn.close()
 }
 
-// ask puts a question up to three times, until take has an answer to it or all
-// time is over. What take returns: whether the answer is the last word; if it
+// ask puts a question, up to three times and more often to a busy server, until
+// take has an answer to it or all time is over. What take returns: whether the answer is the last word; if it
 // is not, an error is the outcome unless a better answer comes before the
 // question would be put again.
 func (x *exchange) ask(k kind, about Lease, take func(answer) (bool, error)) (Lease, error) {
-	for _, wait := range x.waits {
+	for i := 0; ; i++ {
+		wait := x.waits[min(i, len(x.waits)-1)]
 		asked := time.Now().UTC()
-		if err := x.conn.until(x.ctx, asked.Add(wait)); err != nil {
+		if !asked.Before(x.end) {
+			if !x.client.servedSince(x.link, asked.Add(-wait)) {
+				return Lease{}, x.silence()
+			}
+			x.end = asked.Add(wait)
+		}
+		if err := x.conn.until(x.ctx, earlier(asked.Add(wait), x.end)); err != nil {
 			return Lease{}, x.silence()
 		}
 		if err := x.send(k, about); err != nil {
@@ -257,15 +277,39 @@ func (x *exchange) ask(k kind, about Lease, take func(answer) (bool, error)) (Le
 			done, err := take(a)
 			if done {
 				a.lease.Granted = asked
+				x.client.serves(x.link)
 				return a.lease, err
 			}
-			pending = cmpOr(pending, err)
+			if pending == nil {
+				pending = err
+			}
 		}
 		if pending != nil {
 			return Lease{}, pending
 		}
 	}
-	return Lease{}, x.silence()
+}
+
+func earlier(a, b time.Time) time.Time {
+	if a.Before(b) {
+		return a
+	}
+	return b
+}
+
+func (c *Client) serves(link string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.served == nil {
+		c.served = map[string]time.Time{}
+	}
+	c.served[link] = time.Now()
+}
+
+func (c *Client) servedSince(link string, t time.Time) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.served[link].After(t)
 }
 
 func (x *exchange) send(k kind, about Lease) error {
@@ -362,14 +406,6 @@ func (x *exchange) silence() error {
 		advice = "ignored " + x.ignored
 	}
 	return fmt.Errorf("%w on %s within %.2g s: %s", ErrSilent, x.link, time.Since(x.started).Seconds(), advice)
-}
-
-// cmpOr is the first error.
-func cmpOr(a, b error) error {
-	if a != nil {
-		return a
-	}
-	return b
 }
 
 // hostPrefix is an address alone; the zero Prefix for the zero Addr.

@@ -17,9 +17,10 @@
 // the same parent, or on the host itself, is not heard.
 //
 // Sockets are opened in the network namespace of the calling thread. A call
-// waits on its caller's goroutine and leaves none behind. There are no locks: a
-// [Client] has no state, and calls about different stations do not meet. Of one
-// station there should be one at a time, else its server decides.
+// waits on its caller's goroutine and leaves none behind. Calls about different
+// stations do not meet but for a moment's mutex: a [Client] knows when each link's
+// server last answered. Of one station there should be one call at a time, else
+// its server decides.
 //
 // Entry points: [Client.Acquire], [Client.Extend], [Client.Release],
 // [Client.Decline]; [Client.Offer] asks what a LAN has.

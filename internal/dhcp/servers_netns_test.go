@@ -375,18 +375,39 @@ func TestNoAddressLeft(t *testing.T) {
 	}
 }
 
-// As many containers as an engine starts at once.
-func TestHundredAtOnce(t *testing.T) {
+// As many containers as an engine starts at once; fewer at a server that pings
+// each address before.
+func TestManyAtOnce(t *testing.T) {
+	t.Parallel()
+	for _, tc := range []struct {
+		name     string
+		stations int
+		ping     bool
+	}{
+		{"hundred", 100, false},
+		{"slow server", 4, true},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			t.Parallel()
+			cfg := config4
+			cfg.Ping = tc.ping
+			manyAtOnce(t, cfg, tc.stations)
+		})
+	}
+}
+
+func manyAtOnce(t *testing.T, cfg dhcptest.Config, stations int) {
+	t.Helper()
 	host, router := newLAN(t)
-	n := &lan{t, dhcptest.Dnsmasq, dhcptest.Start(t, dhcptest.Dnsmasq, router, config4), lan4}
-	const stations = 100
+	n := &lan{t, dhcptest.Dnsmasq, dhcptest.Start(t, dhcptest.Dnsmasq, router, cfg), lan4}
+	var c Client
 	leases, errs := make([]Lease, stations), make([]error, stations)
 	start := time.Now()
 	var wg sync.WaitGroup
 	for i := range stations {
 		wg.Go(func() {
 			host.Do(func() {
-				leases[i], errs[i] = new(Client).Acquire(t.Context(), "lan0", station(i+1), netip.Addr{}, lan4)
+				leases[i], errs[i] = c.Acquire(t.Context(), "lan0", station(i+1), netip.Addr{}, lan4)
 			})
 		})
 	}
