@@ -12,7 +12,8 @@ import (
 )
 
 // Errors that callers tell apart. After ErrSilent the same question may be asked
-// again later; after ErrRefused the address must no longer be counted on.
+// again later; after ErrRefused the address must no longer be counted on. Others
+// are this host's own: a link that is not there or is down.
 var (
 	ErrSilent  = errors.New("no DHCP server answered")
 	ErrRefused = errors.New("refused by DHCP server")
@@ -120,8 +121,8 @@ func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip
 
 // Extend asks for more time for a lease: at T1, again up to its end, and after a
 // restart. Past T2 every server may answer, before only the one that granted it.
-// The answer may differ in all but the address. Errors are ErrSilent and
-// ErrRefused, after which the lease is over.
+// The answer may differ in all but the address. After ErrRefused the lease is
+// over; after other errors it holds until its end.
 func (c *Client) Extend(ctx context.Context, link string, s Station, l Lease) (Lease, error) {
 	x, err := c.open(ctx, link, s, l.Address)
 	if err != nil {
@@ -234,8 +235,8 @@ func (c *Client) open(ctx context.Context, link string, s Station, within netip.
 		all += w
 	}
 	x.end = x.started.Add(all)
-	x.ctx, x.cancel = context.WithTimeout(ctx, busy*all)
-	x.stop = context.AfterFunc(x.ctx, x.conn.wake)
+	ctx, x.cancel = context.WithTimeout(ctx, busy*all)
+	x.ctx, x.stop = ctx, context.AfterFunc(ctx, x.conn.wake)
 	return x, nil
 }
 
