@@ -97,10 +97,13 @@ func (c *Client) Offer(ctx context.Context, link string, s Station) (Lease, erro
 // IPv6 prefix it is from DHCPv6, from the non-temporary ones (IA_NA).
 //
 // It returns within 8 s; within 24 s as long as a server answers other stations
-// on that link. A server that offers another address than the one
-// wanted has refused (ErrRefused); other answers that do not fit are ignored,
-// and if no more come that is ErrSilent.
+// on that link. A server that offers another address than the one wanted has
+// refused (ErrRefused); other answers that do not fit are ignored, and if no more
+// come that is ErrSilent.
 func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip.Addr, within netip.Prefix) (Lease, error) {
+	if want.IsValid() && !within.Contains(want) && (within.IsValid() || want.Is6()) {
+		return Lease{}, fmt.Errorf("DHCP on %s: %s is wanted, which is outside %s", link, want, within)
+	}
 	x, err := c.open(ctx, link, s, within)
 	if err != nil {
 		return Lease{}, err
@@ -124,7 +127,7 @@ func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip
 // The answer may differ in all but the address. After ErrRefused the lease is
 // over; after other errors it holds until its end.
 func (c *Client) Extend(ctx context.Context, link string, s Station, l Lease) (Lease, error) {
-	x, err := c.open(ctx, link, s, l.Address)
+	x, err := c.reopen(ctx, link, s, l)
 	if err != nil {
 		return Lease{}, err
 	}
@@ -149,7 +152,7 @@ func (c *Client) Decline(ctx context.Context, link string, s Station, l Lease) e
 }
 
 func (c *Client) giveUp(ctx context.Context, link string, s Station, l Lease, k kind) error {
-	x, err := c.open(ctx, link, s, l.Address)
+	x, err := c.reopen(ctx, link, s, l)
 	if err != nil {
 		return err
 	}
@@ -240,6 +243,14 @@ func (c *Client) open(ctx context.Context, link string, s Station, within netip.
 	return x, nil
 }
 
+// reopen makes an exchange about a lease.
+func (c *Client) reopen(ctx context.Context, link string, s Station, l Lease) (*exchange, error) {
+	if !l.Address.IsValid() || l.Address.Addr().Is4() != l.Server.IsValid() {
+		return nil, fmt.Errorf("DHCP on %s: not a lease: an address and a server belong to it", link)
+	}
+	return c.open(ctx, link, s, l.Address)
+}
+
 func (x *exchange) close() {
 	x.stop()
 	x.cancel()
@@ -247,13 +258,14 @@ func (x *exchange) close() {
 }
 
 // ask puts a question, up to three times and more often to a busy server, until
-// take has an answer to it or all time is over. What take returns: whether the answer is the last word; if it
-// is not, an error is the outcome unless a better answer comes before the
-// question would be put again.
+// take has an answer to it or all time is over. What take returns: whether the
+// answer is the last word; if it is not, an error is the outcome unless a better
+// answer comes before the question would be put again.
 func (x *exchange) ask(k kind, about Lease, take func(answer) (bool, error)) (Lease, error) {
+	first := time.Now().UTC() // an answer may be to any of the questions
 	for i := 0; ; i++ {
 		wait := x.waits[min(i, len(x.waits)-1)]
-		asked := time.Now().UTC()
+		asked := time.Now()
 		if !asked.Before(x.end) {
 			if !x.client.servedSince(x.link, asked.Add(-wait)) {
 				return Lease{}, x.silence()
@@ -277,7 +289,7 @@ func (x *exchange) ask(k kind, about Lease, take func(answer) (bool, error)) (Le
 			}
 			done, err := take(a)
 			if done {
-				a.lease.Granted = asked
+				a.lease.Granted = first
 				x.client.serves(x.link)
 				return a.lease, err
 			}

@@ -26,8 +26,8 @@ type Lease struct {
 	DNS    []netip.Addr `json:",omitempty"`
 	Domain string       `json:",omitempty"`
 
-	// Granted is when the question was sent that this answers: the times run from
-	// there (RFC 2131, 4.4.1), so that the server's end is never before ours.
+	// Granted is when the question was first sent that this answers: the times run
+	// from there (RFC 2131, 4.4.1), so that the server's end is never before ours.
 	Granted time.Time
 	// After Renew (T1) the lease is to be extended, after Rebind (T2) by
 	// whichever server, and after Valid it is over. One for ever has 2^32-1

@@ -61,6 +61,24 @@ func TestUnusableStations(t *testing.T) {
 	}
 }
 
+func TestUnusableLeases(t *testing.T) {
+	var c Client
+	for _, tc := range []struct{ want, within string }{{"10.66.0.5", "10.77.0.0/24"}, {"10.77.0.5", "fd77::/64"}, {"fd77::5", "10.77.0.0/24"}} {
+		_, err := c.Acquire(t.Context(), "lan0", station(1), addr(tc.want), prefix(tc.within))
+		if err == nil || !strings.HasSuffix(err.Error(), tc.want+" is wanted, which is outside "+tc.within) {
+			t.Errorf("%s within %s: %v", tc.want, tc.within, err)
+		}
+	}
+	for _, l := range []Lease{{}, {Address: prefix("10.77.0.5/24")}, {Server: addr("10.77.0.1")}, {Address: prefix("fd77::5/64"), Server: addr("10.77.0.1")}} {
+		_, err := c.Extend(t.Context(), "lan0", station(1), l)
+		for _, err := range []error{err, c.Release(t.Context(), "lan0", station(1), l), c.Decline(t.Context(), "lan0", station(1), l)} {
+			if err == nil || !strings.Contains(err.Error(), "not a lease") {
+				t.Errorf("%v: %v", l, err)
+			}
+		}
+	}
+}
+
 func TestNoServer(t *testing.T) {
 	newLAN(t)
 	for name, within := range map[string]netip.Prefix{"IPv4": lan4, "IPv6": lan6} {

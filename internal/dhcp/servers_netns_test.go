@@ -247,7 +247,11 @@ func TestExtendPastT2(t *testing.T) {
 			onEach(t, cfg, func(n *lan) {
 				l := n.acquire(station(1), netip.Addr{})
 				l.Granted = l.Granted.Add(-l.Rebind)
-				l.Server, l.ServerDUID = addr("10.77.0.250"), nil // another one, which is gone
+				if l.ServerDUID != nil { // another one, which is gone
+					l.ServerDUID = []byte{0, 5, 1}
+				} else {
+					l.Server = addr("10.77.0.250")
+				}
 				n.wantLeased(n.extend(station(1), l))
 			})
 		})
