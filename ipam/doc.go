@@ -1,9 +1,9 @@
 // Package ipam answers the engine's IPAM calls: it hands out pools (subnets)
 // and addresses, and remembers on disk what it handed out.
 //
-// It owns the two address spaces, their pools, and the addresses in them. It
-// never touches the kernel, never frees an address that it granted, and does not know
-// what an endpoint is.
+// It owns the two address spaces, their pools, the addresses in them, the names
+// that keep some of them, and leases. It never touches the kernel, never frees an
+// address that it granted, and does not know what an endpoint is.
 //
 // # Words
 //
@@ -46,10 +46,20 @@
 // the write decides: see view.go and cluster.go. Until the store has answered
 // once, requests for shared spaces fail; others do not wait for it.
 //
-// The next free address after the last one is chosen, so that a released
-// address rests before it is used again (late releases, ARP caches). After a
-// restart the order goes on after the newest record. Automatic gateways are the
+// The next free address after the last one is chosen, and one that was released
+// rests, or is kept for a name, as long as there is another (late releases, ARP
+// caches): see rest.go and names.go. After a restart the order goes on after the
+// newest record. Automatic gateways are the
 // first free address of the sub-pool if there is one, else of the pool.
+//
+// # Leases
+//
+// In a pool with DHCP the server chooses: see leases.go. A lease is asked for
+// with no lock held, since nobody knows yet which address it will be; what is
+// marked before is the station, so that no two requests ask as the same one. The
+// record of the lease is written before that of the address and deleted after
+// it: one alone was in flight when the process died, and is given back by Run.
+// Its space is that of the link, so that several networks may have the subnet.
 //
 // # Locks
 //
