@@ -241,6 +241,32 @@ func TestSharedStatus(t *testing.T) {
 	}
 }
 
+// TestDeadHost: an operator frees the address of a host that will not come back.
+func TestDeadHost(t *testing.T) {
+	_, all := newHosts(t, 2)
+	expect(t, all, `
+		alpha: pool local 10.44.0.0/16 space=blue -> BLUE
+		beta: pool local 10.44.0.0/16 space=blue -> BLUE
+		beta: addr BLUE 10.44.0.9 -> 10.44.0.9/16`)
+	soon(t, "what beta has", func() bool { return all[0].Status(t.Context()).Pools[0].UsedByAll == 1 })
+	all[1].stop()
+	all[1].stop = func() {}
+	o := Order{Do: "release", Space: "blue", Address: netip.MustParseAddr("10.44.0.9")}
+	if _, err := all[0].Carry(t.Context(), o); err == nil || !strings.Contains(err.Error(), "is held by host beta: if that host will never come back, repeat with -force") {
+		t.Error(err)
+	}
+	o.Force = true
+	if done, err := all[0].Carry(t.Context(), o); err != nil || done != "address 10.44.0.9 of pool 10.44.0.0/16 is free; it was held by host beta" {
+		t.Error(done, err)
+	}
+	soon(t, "that it is free", func() bool { return all[0].Status(t.Context()).Pools[0].UsedByAll == 0 })
+	expect(t, all, `alpha: addr BLUE 10.44.0.9 -> 10.44.0.9/16`)
+	o.Do, o.Name = "reserve", "web"
+	if _, err := all[0].Carry(t.Context(), o); err == nil || !strings.Contains(err.Error(), "shared by hosts") {
+		t.Error(err)
+	}
+}
+
 // TestSharedConcurrent: no address is given to two, whoever asks where.
 func TestSharedConcurrent(t *testing.T) {
 	_, all := newHosts(t, 3)
