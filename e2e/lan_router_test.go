@@ -170,15 +170,22 @@ func routerTable(kind string) []group {
 		// ipvlan is also asked of it: the rest is the engine's doing, whatever the
 		// link, and the machine that has ipvlan is emulated and slow.
 		ipvlan bool
+		run    []string
 	}{
-		{"", lan6Args(), "arrives", "1", own4 + own6 + made6 + given + ", " + given + ", " + learned, advertisedMTU, "0", "answer", true},
+		{"", lan6Args(), "arrives", "1", own4 + own6 + made6 + given + ", " + given + ", " + learned, advertisedMTU, "0", "answer", true, nil},
 		// The engine, or our IPAM, takes the first address of the range for the
 		// gateway that is not named. Which of the two routes is used is left open.
 		{", no IPv6 gateway", lan4Args("--ipv6", "--subnet", lan6, "--ip-range", lan6Range), "arrives", "1",
-			own4 + own6 + made6 + "default via 2001:db8:1::a00 dev eth0, " + given + ", " + learned, advertisedMTU, "0", "", false},
+			own4 + own6 + made6 + "default via 2001:db8:1::a00 dev eth0, " + given + ", " + learned, advertisedMTU, "0", "", false, nil},
 		// Nobody gives it a way out, and it learns one from the LAN.
-		{", internal", lan6Args("--internal"), "arrives", "1", own4 + own6 + made6 + learned, advertisedMTU, "0", "answer", false},
-		{", no IPv6", lan4Args(), "timeout", "0", own4 + given, "1500", "1", "no answer", false},
+		{", internal", lan6Args("--internal"), "arrives", "1", own4 + own6 + made6 + learned, advertisedMTU, "0", "answer", false, nil},
+		{", no IPv6", lan4Args(), "timeout", "0", own4 + given, "1500", "1", "no answer", false, nil},
+		// What is left to the container's kernel where IPv4 is from a DHCP server. Its
+		// address may not be used for a second, so that nobody is asked with it.
+		{
+			", no IPv6 but for the container", lan4Args(), "arrives", "1", own4 + made6 + given + ", " + learned, advertisedMTU, "0", "", false,
+			[]string{"--sysctl", "net.ipv6.conf.all.disable_ipv6=0"},
+		},
 	} {
 		if kind == "ipvlan" && !x.ipvlan {
 			continue
@@ -200,7 +207,7 @@ func routerTable(kind string) []group {
 			setup: func(w *world) {
 				w.beyond()
 				w.onLAN("lan", kind, x.args...)
-				w.run("alpha", "--network", "lan")
+				w.run("alpha", append([]string{"--network", "lan"}, x.run...)...)
 			},
 		})
 	}
