@@ -311,6 +311,7 @@ func (m *model) releasePool(id poolID) {
 func (m *model) status() string {
 	var lines []string
 	for _, p := range m.pools {
+		m.expire(p) // as Status does
 		lines = append(lines, fmt.Sprint(p.id, " ", len(p.taken)))
 	}
 	slices.Sort(lines)
