@@ -71,5 +71,5 @@
 // something. epoch.mu, over what is confirmed, is taken alone or before mu.
 //
 // Entry points: [New], [IPAM.Load], [IPAM.Run], [IPAM.Register], [IPAM.Elected],
-// [IPAM.Status], [ParsePools].
+// [IPAM.Carry], [IPAM.Station], [IPAM.Status], [ParsePools].
 package ipam
