@@ -378,8 +378,15 @@ func (i *IPAM) giveBack(ctx context.Context, p *pool, l *leased) {
 // loadLeases reads the leases. Those without an address are given back.
 func (i *IPAM) loadLeases(ctx context.Context, pools map[poolKey]*pool) error {
 	list, err := i.store.List(ctx, leasePrefix)
-	if err != nil || len(list) == 0 {
+	if err != nil {
 		return err
+	}
+	needed := len(list) > 0
+	for k := range pools {
+		needed = needed || k.dhcp() != ""
+	}
+	if !needed {
+		return nil
 	}
 	if err := i.loadDUID(ctx); err != nil {
 		return err

@@ -163,6 +163,9 @@ func TestDHCP(t *testing.T) {
 	for _, a := range []string{web, "10.77.0.200/24", first, second} {
 		l.release(id, a)
 	}
+	l.again()
+	l.want("after a kill without any lease", l.request(id, "", "web"), web)
+	l.release(id, web)
 	l.must(t, "IpamDriver.ReleasePool", fmt.Sprintf(`{"PoolID":%q}`, id))
 	if d := l.status(t); len(d.Pools) != 0 {
 		t.Errorf("left: %+v", d.Pools)
