@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"net/netip"
 	"slices"
 	"strings"
@@ -29,8 +30,14 @@ var waits = []time.Duration{1500 * time.Millisecond, 2500 * time.Millisecond, 4 
 // other for 3 s each, up to 6 of them, and answers nobody while it does.
 const busy = 3
 
-// rounds is how often an offer that turned out to be none is asked for anew.
-const rounds = 3
+// rounds is how often an offer that turned out to be none is asked for anew,
+// after a pause of up to roundPause for each round before, 2 s in all: servers
+// offer one address to many stations that ask at the same time, and the first of
+// them has it.
+const (
+	rounds     = 40
+	roundPause = 5 * time.Millisecond
+)
 
 // Station is whom a lease is for. Its IAID and the DUID are its identity for the
 // server (RFC 4361): the same ones get the same address, with whatever MAC.
@@ -115,10 +122,21 @@ func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip
 			return Lease{}, err
 		}
 		l, err := x.ask(request, offer, x.answerTo(offer, true))
-		if errors.Is(err, ErrRefused) && round < rounds && x.ctx.Err() == nil {
-			continue
+		if !errors.Is(err, ErrRefused) || round == rounds || !x.rest(rand.N(time.Duration(round)*roundPause)) {
+			return l, err
 		}
-		return l, err
+	}
+}
+
+// rest waits, and reports whether there is time left.
+func (x *exchange) rest(d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-x.ctx.Done():
+		return false
 	}
 }
 
