@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -18,13 +19,13 @@ import (
 // a plugin on the host, which is asked by its real socket.
 type lan struct {
 	*process
-	t            *testing.T
+	t            testing.TB
 	dir          string
 	host, router *netnstest.NS
 	config       dhcptest.Config
 }
 
-func newLAN(t *testing.T) *lan {
+func newLAN(t testing.TB) *lan {
 	t.Helper()
 	l := &lan{t: t, dir: t.TempDir(), host: netnstest.New(t), router: netnstest.New(t)}
 	l.host.Do(func() {
@@ -170,6 +171,77 @@ func TestDHCP(t *testing.T) {
 	if d := l.status(t); len(d.Pools) != 0 {
 		t.Errorf("left: %+v", d.Pools)
 	}
+}
+
+// atOnce asks for n addresses at the same time and returns them, and how long
+// that took.
+func (l *lan) atOnce(pool string, n int) (all []string, took time.Duration) {
+	l.t.Helper()
+	all = make([]string, n)
+	var wg sync.WaitGroup
+	begin := time.Now()
+	for i := range n {
+		wg.Go(func() { all[i] = l.request(pool, "", "") })
+	}
+	wg.Wait()
+	return all, time.Since(begin)
+}
+
+// TestDHCPAtOnce is a host that boots with a hundred containers.
+func TestDHCPAtOnce(t *testing.T) {
+	l := newLAN(t)
+	server := dhcptest.Start(t, dhcptest.Dnsmasq, l.router, l.config)
+	l.start()
+	id, _, _ := l.pool("", `"dhcp":"lan0"`)
+	all, took := l.atOnce(id, 100)
+	t.Logf("100 leases at once: %v", took)
+	granted, seen := server.Leases(), map[netip.Addr]bool{}
+	for _, text := range all {
+		a, err := netip.ParsePrefix(text)
+		if err != nil {
+			t.Errorf("one of them: %s", text)
+			continue
+		}
+		if _, ok := granted[a.Addr()]; !ok || seen[a.Addr()] {
+			t.Errorf("%s: granted %v, and given to another %v", a, ok, seen[a.Addr()])
+		}
+		seen[a.Addr()] = true
+	}
+	if s := l.leases(); len(granted) != 100 || len(s.Leases) != 100 || s.Counts.Granted != 100 {
+		t.Errorf("the server has granted %d, status has %d of %d", len(granted), len(s.Leases), s.Counts.Granted)
+	}
+	// All of them go with the pool, and the server hears of it.
+	l.must(t, "IpamDriver.ReleasePool", fmt.Sprintf(`{"PoolID":%q}`, id))
+	for range 100 {
+		if len(server.Leases()) == 0 {
+			return
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	t.Errorf("the server still knows of %d", len(server.Leases()))
+}
+
+// BenchmarkDHCPAtOnce is how long those hundred wait for the last of them.
+func BenchmarkDHCPAtOnce(b *testing.B) {
+	l := newLAN(b)
+	dhcptest.Start(b, dhcptest.Dnsmasq, l.router, l.config)
+	l.start()
+	var all time.Duration
+	for b.Loop() {
+		id, _, _ := l.pool("", `"dhcp":"lan0"`)
+		addresses, took := l.atOnce(id, 100)
+		for _, a := range addresses {
+			if _, err := netip.ParsePrefix(a); err != nil {
+				b.Fatal(a)
+			}
+		}
+		if took >= 5*time.Second {
+			b.Errorf("100 leases at once took %v", took)
+		}
+		all += took
+		l.must(b, "IpamDriver.ReleasePool", fmt.Sprintf(`{"PoolID":%q}`, id))
+	}
+	b.ReportMetric(all.Seconds()/float64(b.N), "s/100")
 }
 
 // TestDHCPOnTheHostsLAN: the engine would ask for ever if it was answered a
