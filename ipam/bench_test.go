@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"testing"
 	"time"
 
@@ -65,6 +66,56 @@ func BenchmarkRequestAddress(b *testing.B) {
 	b.ReportMetric(float64(ours.Microseconds())/float64(b.N), "us/request")
 	b.ReportMetric(float64(theirs.Microseconds())/float64(b.N), "us/write")
 	b.ReportMetric(float64(ours)/float64(theirs), "x-write")
+}
+
+// BenchmarkBoundName has containers of a name come back to their address, and
+// containers without a name get one, in turn.
+func BenchmarkBoundName(b *testing.B) {
+	h := durable(b)
+	unnamed := benchPool(b, h, "weft-local,10.0.0.0/16")
+	requests := [2]addressRequest{benchPool(b, h, "weft-local,11.0.0.0/16"), unnamed}
+	const names = 64
+	name := func(i int) string { return fmt.Sprintf("web-%d", i%names) }
+	for i := range names { // each has one to come back to
+		r := requests[0]
+		r.name = name(i)
+		a, err := h.requestAddress(b.Context(), r)
+		if err == nil {
+			err = h.releaseAddress(b.Context(), r.id, a.Addr())
+		}
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	var request, release [2][]time.Duration
+	for i := 0; b.Loop(); i++ {
+		for n := range 2 {
+			k := (i + n) % 2 // in turn, who comes first
+			r := requests[k]
+			if k == 0 {
+				r.name = name(i)
+			}
+			t0 := time.Now()
+			a, err := h.requestAddress(b.Context(), r)
+			t1 := time.Now()
+			if err == nil {
+				err = h.releaseAddress(b.Context(), r.id, a.Addr())
+			}
+			if err != nil {
+				b.Fatal(err)
+			}
+			request[k] = append(request[k], t1.Sub(t0))
+			release[k] = append(release[k], time.Since(t1))
+		}
+	}
+	// Medians: a disk that stands still once would be all of a mean.
+	middle := func(d []time.Duration) float64 {
+		slices.Sort(d)
+		return float64(d[len(d)/2].Nanoseconds()) / 1000
+	}
+	b.ReportMetric(middle(request[0]), "us/request")
+	b.ReportMetric(middle(request[0])/middle(request[1]), "x-unnamed")
+	b.ReportMetric(middle(release[0])/middle(release[1]), "x-unnamed-release")
 }
 
 // BenchmarkSharedRequestAddress takes turns with one write to the same etcd.
