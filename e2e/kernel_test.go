@@ -105,10 +105,18 @@ type status struct {
 		Addresses                []string
 		Ports                    []struct{ Proto, Host, Container string }
 	}
-	Pools []json.RawMessage
+	Pools []pool
 	Drift struct {
 		Error    string
 		Repaired []string
+	}
+}
+
+// pool is what tests read of one pool.
+type pool struct {
+	ID   string
+	DHCP *struct {
+		Leases []struct{ Address string }
 	}
 }
 
@@ -188,7 +196,7 @@ func (e *engine) remains(tb testing.TB) []string {
 		left = append(left, fmt.Sprintf("record of endpoint %s, %s", x.ID, x.State))
 	}
 	for _, p := range s.Pools {
-		left = append(left, "pool "+string(p))
+		left = append(left, fmt.Sprintf("pool %+v", p))
 	}
 	if s.Drift.Error != "" {
 		left = append(left, "drift: "+s.Drift.Error)

@@ -34,7 +34,7 @@ run() {
 run internal/netnstest 'Kinds|Needs'
 run internal/datapath "${VM_RUN:-^(TestLAN(VLANs|Dummy|IPvlanAccess|KindsExclude|MacvlanAccess)|TestProbeOnParent)\$}"
 run driver "${VM_RUN:-^TestLANRealKernel\$/(ipvlan|VLAN|QinQ)}"
-run e2e "${VM_RUN:-^TestLAN(ParityKinds|Parent)\$/(vlan|VLAN)}"
+run e2e "${VM_RUN:-^(TestLAN(ParityKinds|Parent)|TestLeaseKinds)\$/(vlan|VLAN)}"
 
 printf '\n=== ran in the virtual machine\n'
 cat "$logs/ran"
