@@ -38,6 +38,22 @@ func exampleTable() map[string]example {
 			{name: "interface", ask: fact("web", interfaceFacts), want: "eth0 mtu 1400 up"},
 			{name: "bridge", ask: func(w *world) string { return strings.Fields(w.e.net(w, "ip", "-br", "link", "show", "lab0"))[0] }, want: "lab0"},
 		}},
+		"dhcp.yaml": {
+			before: func(w *world) { w.e.lan.dhcpHost(w) },
+			probes: []probe{
+				{name: "from the LAN", ask: dial("client", "tcp", "web:80", "-wait", "5s"), want: "web sees client"},
+				{name: "to the LAN", ask: dial("web", "tcp", "client:7000"), want: "client sees web"},
+				{name: "from the host", ask: dial("host", "tcp", "web:80"), want: "web sees host"},
+				{name: "published, from the LAN", ask: func(w *world) string {
+					who, _, _ := strings.Cut(w.dialFrom("client", "tcp", "host:8080"), " sees ")
+					return who
+				}, want: "web"},
+			},
+		},
+		"reservations.yaml": {probes: []probe{
+			{name: "to what has a reservation", ask: dial("web", "tcp", "name/db:6379", "-wait", "5s"), want: "db sees web"},
+			{name: "its address", ask: fact("db", func(_ *world, ifs []iface) string { return ifs[0].Addrs[0] + " " + ifs[0].MAC }), want: "10.45.0.20/24 02:00:0a:2d:00:14"},
+		}},
 		"existing-bridge.yaml": {
 			before: func(w *world) {
 				w.e.net(w, "ip", "link", "add", "br0", "type", "bridge")
