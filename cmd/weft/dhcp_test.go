@@ -25,9 +25,9 @@ type lan struct {
 	config       dhcptest.Config
 }
 
-func newLAN(t testing.TB) *lan {
-	t.Helper()
-	l := &lan{t: t, dir: t.TempDir(), host: netnstest.New(t), router: netnstest.New(t)}
+func newLAN(tb testing.TB) *lan {
+	tb.Helper()
+	l := &lan{t: tb, dir: tb.TempDir(), host: netnstest.New(tb), router: netnstest.New(tb)}
 	l.host.Do(func() {
 		l.host.Exec("ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
 		l.host.Exec("ip", "link", "set", "lan0", "up")
