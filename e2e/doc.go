@@ -4,7 +4,8 @@
 // Owns: machines made of namespaces (machine_test.go), engines in them
 // (engine_test.go), the parity tables against the built-in drivers
 // (parity_test.go, *table_test.go, lan_kinds_test.go), networks on a LAN
-// (lan_*.go), networks across hosts (overlay_*.go), faults, Compose files of
+// (lan_*.go), addresses that stay or are leased (lease_*.go), networks across
+// hosts (overlay_*.go), faults, Compose files of
 // examples/ and the benchmarks that need an engine.
 //
 // Never: imports the code under test. It knows the plugin by its bundle
