@@ -108,6 +108,15 @@ func (c *Client) Offer(ctx context.Context, link string, s Station) (Lease, erro
 // refused (ErrRefused); other answers that do not fit are ignored, and if no more
 // come that is ErrSilent.
 func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip.Addr, within netip.Prefix) (Lease, error) {
+	return c.AcquireAfter(ctx, link, s, want, within, func(Lease) error { return nil })
+}
+
+// AcquireAfter is Acquire, but before it asks for what a server offers it calls
+// first with the offer, so that the caller can write down what it is about to have:
+// the server takes an address for leased before its answer is here. An error of
+// first ends the matter, and nothing is leased. first is called again with the
+// next offer if a server refuses what it offered.
+func (c *Client) AcquireAfter(ctx context.Context, link string, s Station, want netip.Addr, within netip.Prefix, first func(Lease) error) (Lease, error) {
 	if want.IsValid() && !within.Contains(want) && (within.IsValid() || want.Is6()) {
 		return Lease{}, fmt.Errorf("DHCP on %s: %s is wanted, which is outside %s", link, want, within)
 	}
@@ -119,6 +128,9 @@ func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip
 	for round := 1; ; round++ {
 		offer, err := x.ask(discover, Lease{Address: hostPrefix(want)}, x.anyOffer(want))
 		if err != nil {
+			return Lease{}, err
+		}
+		if err := first(offer); err != nil {
 			return Lease{}, err
 		}
 		l, err := x.ask(request, offer, x.answerTo(offer, true))
