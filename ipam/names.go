@@ -161,7 +161,7 @@ func (i *IPAM) bind(ctx context.Context, p *pool, a netip.Addr, name string) {
 		lost = append(lost, p.unbind(b))
 	}
 	_, reserved := p.reservation(name)
-	if name == "" || reserved || p.opts.keep == 0 {
+	if name == "" || reserved || p.reserved(a) || p.opts.keep == 0 {
 		p.mu.Unlock()
 		i.forgetNames(ctx, p, lost)
 		return
@@ -236,7 +236,7 @@ func (i *IPAM) putName(ctx context.Context, p *pool, name string) error {
 		case err == nil:
 			rev = r.Rev
 		case errors.Is(err, store.ErrExists), errors.Is(err, store.ErrConflict), errors.Is(err, store.ErrNotFound):
-			if rev, err = i.nameRev(ctx, p, name); err != nil {
+			if rev, err = i.revision(ctx, p.name(name)); err != nil {
 				return err
 			}
 			err = errors.ErrUnsupported // again
@@ -255,11 +255,11 @@ func (i *IPAM) putName(ctx context.Context, p *pool, name string) error {
 	return nil
 }
 
-// nameRev reads the revision of a name's record; 0 is none.
-func (i *IPAM) nameRev(ctx context.Context, p *pool, name string) (uint64, error) {
-	list, err := i.store.List(ctx, p.name(name))
+// revision reads the revision of the record under a key; 0 is none.
+func (i *IPAM) revision(ctx context.Context, key string) (uint64, error) {
+	list, err := i.store.List(ctx, key)
 	for _, r := range list {
-		if r.Key == p.name(name) {
+		if r.Key == key {
 			return r.Rev, err
 		}
 	}
@@ -272,6 +272,13 @@ func (i *IPAM) forgetNames(ctx context.Context, p *pool, lost []binding) {
 	for _, b := range lost {
 		if err := i.store.Delete(ctx, p.name(b.name)); err != nil {
 			i.log.WithField("pool", p.prefix.String()).WithError(err).Debug("the record of a name was not deleted")
+			continue
+		}
+		p.mu.Lock()
+		again := p.byName[b.name] != nil
+		p.mu.Unlock()
+		if again { // given an address meanwhile, by another request
+			i.saveName(ctx, p, b.name)
 		}
 	}
 }

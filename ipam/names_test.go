@@ -346,3 +346,53 @@ func TestCrashes(t *testing.T) {
 		}
 	})
 }
+
+// TestVoidName: a name whose record could not be deleted when another got its
+// address has none after a restart.
+func TestVoidName(t *testing.T) {
+	h := newClock(t)
+	var f *faulty
+	h.wrap = func(r records) records {
+		f = &faulty{records: r, at: -1, mode: "fail"}
+		return f
+	}
+	h.restart()
+	id := h.do("pool local 10.1.0.0/30") // .1 and .2
+	h.addressFor(id, "web", "")
+	h.do("free " + id + " 10.1.0.1")
+	h.addressFor(id, "db", "")
+	f.n, f.at = 0, 0 // the record of web
+	if got := h.addressFor(id, "zoe", ""); got != "10.1.0.1/30" {
+		t.Fatal(got)
+	}
+	f.at = -1
+	key := poolKey{LocalSpace, netip.MustParsePrefix("10.1.0.0/30")}.name("web")
+	if left, err := h.bolt.List(t.Context(), key); err != nil || len(left) != 1 {
+		t.Fatalf("the record of web: %v %v", left, err)
+	}
+	h.restart()
+	if left, err := h.bolt.List(t.Context(), key); err != nil || len(left) > 0 {
+		t.Errorf("the record of web after a restart: %v %v", left, err)
+	}
+	h.do("free " + id + " 10.1.0.1")
+	if got := h.addressFor(id, "zoe", ""); got != "10.1.0.1/30" {
+		t.Errorf("zoe: %s", got)
+	}
+	if got := h.addressFor(id, "web", ""); !strings.Contains(got, "no free address left") {
+		t.Errorf("web: %s", got)
+	}
+}
+
+// TestForgottenAndBoundAgain: the record of a name that is deleted late is written
+// again if the name has an address by then.
+func TestForgottenAndBoundAgain(t *testing.T) {
+	h := newClock(t)
+	id := h.do("pool local 10.1.0.0/24")
+	p := h.pool(poolKey{LocalSpace, netip.MustParsePrefix("10.1.0.0/24")})
+	h.addressFor(id, "web", "")
+	h.forgetNames(t.Context(), p, []binding{{name: "web"}})
+	h.restart()
+	if s := h.Status(t.Context()).Pools[0].Names; len(s) != 1 || s[0].Address.String() != "10.1.0.1" {
+		t.Errorf("%+v", s)
+	}
+}
