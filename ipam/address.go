@@ -39,7 +39,9 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 		}
 		// Whoever has it was not asked by us: back with it, and on to the next.
 		// A name keeps what it is bound to for the next time.
-		i.squat(r.id, a.Addr())
+		if ctx.Err() == nil { // else it is not known that somebody has it
+			i.squat(r.id, a.Addr())
+		}
 		if rerr := i.releaseAddress(context.WithoutCancel(ctx), r.id, a.Addr()); rerr != nil {
 			return netip.Prefix{}, fmt.Errorf("%w (and giving it back: %w)", err, rerr)
 		}
@@ -318,6 +320,9 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressReques
 	b := p.busy[a]
 	close(b.done)
 	switch {
+	case err != nil && p.leased[a] != nil: // back with it
+		b.queued = true
+		i.later(cleanup{pool: p, addr: a, busy: b})
 	case err == nil, errors.Is(err, store.ErrExists):
 		if k == kindGateway && err == nil {
 			p.gateways[a] = rev

@@ -74,9 +74,9 @@ type IPAM struct {
 		leaser
 		lessee
 	}
-	duid   []byte        // of this host, once it was needed; guarded by changes
-	stray  []strayLease  // read from disk, for Run
-	leases chan struct{} // holds one token: when the next lease is due may have changed
+	duid   []byte                // of this host, once it was needed; guarded by changes
+	stray  map[poolKey][]*leased // of pools that are gone, to be given back; guarded by changes
+	leases chan struct{}         // holds one token: when the next lease is due may have changed
 
 	nameless sync.Once // that the engine tells no names was logged
 
@@ -131,6 +131,7 @@ type pool struct {
 	leased map[netip.Addr]*leased
 	keys   map[string]bool
 	counts leaseCounts
+	asks   chan struct{} // holds a token for each lease that is being extended
 	// unconfirmed: this host's swarm allocator has not named the pool since it
 	// began. Then and later, stale has the addresses that it has not named.
 	unconfirmed bool
@@ -147,6 +148,7 @@ func newPool(id poolID) *pool {
 		poolKey: id.poolKey, sub: id.sub, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{},
 		byName: map[string]*binding{}, byAddr: map[netip.Addr]*binding{}, added: map[string]reservation{},
 		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{}, leased: map[netip.Addr]*leased{}, keys: map[string]bool{},
+		asks: make(chan struct{}, extendAtOnce),
 		mine: map[netip.Addr]uint64{}, others: map[netip.Addr]heldClaim{},
 	}
 }
@@ -350,6 +352,7 @@ func (i *IPAM) addPool(ctx context.Context, id poolID, o poolOptions) error {
 		if err := i.loadDUID(ctx); err != nil {
 			return err
 		}
+		i.returnStrays(ctx, id.poolKey)
 	}
 	p := newPool(id)
 	p.opts = o
@@ -468,13 +471,13 @@ func (i *IPAM) drop(ctx context.Context, p *pool) error {
 			return fmt.Errorf("release pool %s: an address is still being written: %w", p.prefix, ctx.Err())
 		}
 	}
-	if p.dhcp() != "" {
+	if err := i.home(p.poolKey).dropPool(ctx, p.poolKey); err != nil {
+		return err
+	}
+	if p.dhcp() != "" { // after the pool, which else nobody would release again
 		if err := i.dropLeases(ctx, p); err != nil {
 			return err
 		}
-	}
-	if err := i.home(p.poolKey).dropPool(ctx, p.poolKey); err != nil {
-		return err
 	}
 	i.mu.Lock()
 	defer i.mu.Unlock()

@@ -9,8 +9,12 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
+	"reflect"
+	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -23,6 +27,7 @@ import (
 type leaser interface {
 	Offer(ctx context.Context, link string, s dhcp.Station) (dhcp.Lease, error)
 	Acquire(ctx context.Context, link string, s dhcp.Station, want netip.Addr, within netip.Prefix) (dhcp.Lease, error)
+	AcquireAfter(ctx context.Context, link string, s dhcp.Station, want netip.Addr, within netip.Prefix, first func(dhcp.Lease) error) (dhcp.Lease, error)
 	Extend(ctx context.Context, link string, s dhcp.Station, l dhcp.Lease) (dhcp.Lease, error)
 }
 
@@ -64,8 +69,9 @@ const (
 func (k poolKey) leases() string            { return leasePrefix + k.space + "," + k.prefix.String() + "/" }
 func (k poolKey) lease(a netip.Addr) string { return k.leases() + a.String() }
 
-// leaseRecord is a lease with whom it is for. It is written before the record of
-// the address and deleted after it: one alone is to be given back.
+// leaseRecord is a lease with whom it is for. It is written before the server is
+// asked for what it offers and before the record of the address, and deleted after
+// that: one alone is to be given back.
 type leaseRecord struct {
 	Version int
 	Key     string // of the identity, see identity
@@ -80,6 +86,11 @@ type leased struct {
 	next     time.Time // when to ask for more time
 	trouble  string    // why the last time it was not got; "" if it was
 	squatted bool      // a station of the LAN has the address
+	ended    bool      // it is over, and was counted as that
+	asking   bool      // the request that it is for has not ended
+	// While it is being extended: what ends that, and what is closed then.
+	stop      context.CancelFunc
+	extending chan struct{}
 }
 
 func (l *leased) expires() time.Time { return l.Lease.Granted.Add(l.Lease.Valid) }
@@ -99,6 +110,7 @@ const (
 	extendPause   = time.Minute
 	extendAtOnce  = 8 // at the same time
 	giveBackTime  = time.Second
+	returnTime    = 3 * time.Second // for all leases of a pool
 	offerTime     = 3 * time.Second // for the check of a subnet that is given anyway
 	leaseFraction = 10
 )
@@ -117,8 +129,9 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 	if err != nil {
 		return poolID{}, netip.Prefix{}, err
 	}
-	defer release()
-	if err := i.loadDUID(ctx); err != nil {
+	err = i.loadDUID(ctx)
+	release() // others do not wait for a server that is silent
+	if err != nil {
 		return poolID{}, netip.Prefix{}, err
 	}
 	var router netip.Prefix
@@ -130,6 +143,10 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 	if given && r.sub.IsValid() {
 		return poolID{}, netip.Prefix{}, fmt.Errorf("ipam option dhcp=%s: the server chooses addresses: leave --ip-range out", link)
 	}
+	if release, err = i.change(ctx); err != nil {
+		return poolID{}, netip.Prefix{}, err
+	}
+	defer release()
 	r.space = dhcpSpace + link
 	for n := 2; ; n++ {
 		if i.pool(r.poolKey) == nil && len(i.overlaps(r.poolKey)) == 0 {
@@ -266,75 +283,168 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 	p.mu.Unlock()
 	i.forgetNames(ctx, p, lost)
 
-	l := &leased{leaseRecord: leaseRecord{Version: recordVersion, Key: key, Station: i.station(p.poolKey, key, mac)}}
-	var err error
-	l.Lease, err = i.dhcp.Acquire(ctx, link, l.Station, cmp.Or(r.want, hint), p.prefix)
+	q := &asking{pool: p, record: leaseRecord{Version: recordVersion, Key: key, Station: i.station(p.poolKey, key, mac)}}
+	a, err := i.ask(ctx, q, r, cmp.Or(r.want, hint))
 	if errors.Is(err, dhcp.ErrRefused) && !r.want.IsValid() && hint.IsValid() && !reserved {
-		l.Lease, err = i.dhcp.Acquire(ctx, link, l.Station, netip.Addr{}, p.prefix)
-	}
-	if err == nil {
-		err = i.keepLease(ctx, p, r, l)
+		a, err = i.ask(ctx, q, r, netip.Addr{})
 	}
 	if err != nil {
-		p.mu.Lock()
+		i.unhold(ctx, q)
+	}
+	p.mu.Lock()
+	owner := p.reservedFor[a.Addr()]
+	if q.leased != nil {
+		q.leased.asking = false
+	}
+	if err != nil && !p.marked(q.leased) {
 		delete(p.keys, key)
-		p.mu.Unlock()
+	}
+	p.mu.Unlock()
+	if err == nil && ctx.Err() != nil { // that there is none was answered meanwhile
+		err = errors.Join(ctx.Err(), i.releaseAddress(context.WithoutCancel(ctx), r.id, a.Addr()))
+	}
+	if err != nil {
 		return netip.Prefix{}, err
 	}
-	i.bind(ctx, p, l.Lease.Address.Addr(), r.name)
+	if owner != "" && owner != r.name && !r.want.IsValid() {
+		i.log.WithField("pool", p.prefix.String()).Warnf("the DHCP server has leased %s, which is reserved for %s, to another container: reserve it on the server too, or choose one that it does not hand out", a.Addr(), owner)
+	}
+	i.bind(ctx, p, a.Addr(), r.name)
 	i.wakeLeases()
-	return l.Lease.Address, nil
+	return a, nil
 }
 
-// keepLease writes down what was leased: the lease, then the address. If that
-// fails the lease is given back.
-func (i *IPAM) keepLease(ctx context.Context, p *pool, r addressRequest, l *leased) error {
-	a := l.Lease.Address.Addr()
-	p.mu.Lock()
-	if p.closed || p.taken.has(a) {
-		closed := p.closed
-		p.mu.Unlock()
-		if closed {
-			i.giveBack(ctx, p, l)
+// asking is a request for a lease on its way.
+type asking struct {
+	pool    *pool
+	record  leaseRecord
+	*leased       // what is marked and written down; nil before
+	busy    *busy // the mark of its address; nil when it is not ours any more
+}
+
+// marked reports whether a lease is that of its address; p.mu is held.
+func (p *pool) marked(l *leased) bool { return l != nil && p.leased[l.Lease.Address.Addr()] == l }
+
+// ask gets a lease and writes it down.
+func (i *IPAM) ask(ctx context.Context, q *asking, r addressRequest, want netip.Addr) (netip.Prefix, error) {
+	l, err := i.dhcp.AcquireAfter(ctx, q.pool.dhcp(), q.record.Station, want, q.pool.prefix, func(offer dhcp.Lease) error {
+		i.unhold(ctx, q) // of an offer that turned out to be none
+		return i.hold(ctx, q, offer)
+	})
+	if err != nil {
+		return netip.Prefix{}, err
+	}
+	return l.Address, i.keepLease(ctx, q, r, l)
+}
+
+// hold marks an address that is offered and writes the lease down, before it is
+// one. What another container has is not marked: should the server grant it,
+// keepLease tells it off.
+func (i *IPAM) hold(ctx context.Context, q *asking, offer dhcp.Lease) error {
+	p, a := q.pool, offer.Address.Addr()
+	for {
+		p.mu.Lock()
+		b := p.busy[a]
+		switch {
+		case p.closed:
+			p.mu.Unlock()
 			return errPoolGone
+		case b != nil && b.queued:
+			p.mu.Unlock()
+			return fmt.Errorf("address %s of pool %s, which the DHCP server offers, is still being released: try again", a, p.prefix)
+		case b != nil: // released just now, and the server knows that already
+			p.mu.Unlock()
+			select {
+			case <-b.done:
+				continue
+			case <-ctx.Done():
+				return fmt.Errorf("address %s of pool %s is still being written: %w", a, p.prefix, ctx.Err())
+			}
+		case p.taken.has(a):
+			p.mu.Unlock()
+			return nil
 		}
-		// It forgot its leases, or there are two that know nothing of each other.
-		l.squatted = true
-		i.giveBack(ctx, p, l)
-		return fmt.Errorf("the DHCP server %s granted %s, which another container of this host has: see whether it has lost its leases", l.Lease.Server, a)
+		q.leased = &leased{leaseRecord: q.record, asking: true, next: offer.Granted.Add(offer.Renew)}
+		q.Lease = offer
+		q.busy = &busy{done: make(chan struct{})}
+		p.taken.add(a)
+		p.busy[a], p.leased[a] = q.busy, q.leased
+		p.mu.Unlock()
+		return i.putLease(ctx, p, q.leased)
 	}
-	p.taken.add(a)
-	p.busy[a] = &busy{done: make(chan struct{})}
-	l.next = l.Lease.Granted.Add(l.Lease.Renew)
-	p.leased[a] = l
-	p.counts.Granted++
-	p.mu.Unlock()
-	err := i.putLease(ctx, p, l)
-	if err == nil {
-		if r.kind == kindAuto && r.name != "" {
-			r.kind = kindNamed
-		}
-		return i.write(ctx, p, a, r, false)
+}
+
+// unhold gives back what is held, as the server may have granted it. What cannot
+// be done now Run does.
+func (i *IPAM) unhold(ctx context.Context, q *asking) {
+	if q.busy == nil {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	_ = i.free(ctx, q.pool, q.Lease.Address.Addr(), q.busy)
+	q.busy = nil
+}
+
+// keepLease completes the records of what was granted: the lease, if it is not as
+// was offered, then the address. If that fails the lease is given back.
+func (i *IPAM) keepLease(ctx context.Context, q *asking, r addressRequest, got dhcp.Lease) error {
+	p, a := q.pool, got.Address.Addr()
+	if q.busy == nil {
+		// It forgot its leases, or there are two that know nothing of each other.
+		l := &leased{leaseRecord: q.record, squatted: true}
+		l.Lease = got
+		i.giveBack(ctx, p, l)
+		return fmt.Errorf("the DHCP server %s granted %s, which another container of this host has: see whether it has lost its leases", got.Server, a)
 	}
 	p.mu.Lock()
-	b := p.busy[a]
-	close(b.done)
-	p.taken.remove(a)
-	delete(p.leased, a)
-	p.idle(a, b)
+	offer := q.Lease
+	q.Lease, q.next = got, got.Granted.Add(got.Renew)
 	p.mu.Unlock()
-	i.giveBack(ctx, p, l)
+	if offer.Granted = got.Granted; !reflect.DeepEqual(offer, got) {
+		if err := i.putLease(ctx, p, q.leased); err != nil {
+			return err
+		}
+	}
+	if r.kind == kindAuto && r.name != "" {
+		r.kind = kindNamed
+	}
+	err := i.write(ctx, p, a, r, false)
+	q.busy = nil // if it failed Run gives the lease back
+	if err == nil {
+		p.mu.Lock()
+		p.counts.Granted++
+		p.mu.Unlock()
+	}
 	return err
 }
 
+// putLease writes a lease over whatever there is: nobody else writes those of an
+// address that is marked, but one may be left that could not be deleted, and which
+// revision a write had that was given up nobody knows.
 func (i *IPAM) putLease(ctx context.Context, p *pool, l *leased) error {
+	p.mu.Lock()
+	key, rev := p.lease(l.Lease.Address.Addr()), l.rev
 	v, err := json.Marshal(l.leaseRecord)
+	p.mu.Unlock()
 	if err != nil {
 		return err
 	}
-	r, err := i.store.Put(ctx, store.Record{Key: p.lease(l.Lease.Address.Addr()), Value: v, Rev: l.rev})
-	if err == nil {
-		l.rev = r.Rev
+	for range 2 {
+		var r store.Record
+		if r, err = i.store.Put(ctx, store.Record{Key: key, Value: v, Rev: rev}); err == nil {
+			p.mu.Lock()
+			l.rev = r.Rev
+			p.mu.Unlock()
+			return nil
+		}
+		if !errors.Is(err, store.ErrExists) && !errors.Is(err, store.ErrConflict) && !errors.Is(err, store.ErrNotFound) {
+			return err
+		}
+		var rerr error
+		if rev, rerr = i.revision(ctx, key); rerr != nil {
+			return rerr
+		}
 	}
 	return err
 }
@@ -344,12 +454,15 @@ func (i *IPAM) putLease(ctx context.Context, p *pool, l *leased) error {
 func (i *IPAM) unlease(ctx context.Context, p *pool, a netip.Addr) {
 	p.mu.Lock()
 	l := p.leased[a]
-	bound := p.byAddr[a] != nil
 	p.mu.Unlock()
 	if l == nil {
 		return
 	}
-	if !bound || l.squatted {
+	p.endExtension(l)
+	p.mu.Lock()
+	tell := l.squatted || !p.keeps(l)
+	p.mu.Unlock()
+	if tell {
 		i.giveBack(ctx, p, l)
 	}
 	if err := i.store.Delete(ctx, p.lease(a)); err != nil {
@@ -358,7 +471,34 @@ func (i *IPAM) unlease(ctx context.Context, p *pool, a netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	delete(p.leased, a)
-	delete(p.keys, l.Key)
+	// An old lease of the same station may have been left on disk.
+	another := func(o *leased) bool { return o.Key == l.Key }
+	if !l.asking && !slices.ContainsFunc(slices.Collect(maps.Values(p.leased)), another) {
+		delete(p.keys, l.Key)
+	}
+}
+
+// keeps reports whether the name that a lease is for is to have the address again,
+// and that is on disk; p.mu is held.
+func (p *pool) keeps(l *leased) bool {
+	a := l.Lease.Address.Addr()
+	if name := p.reservedFor[a]; name != "" {
+		return l.Key == nameKey+name
+	}
+	b := p.byAddr[a]
+	return b != nil && b.rev != 0 && l.Key == nameKey+b.name
+}
+
+// endExtension waits until a lease is not being asked for any more: a server would
+// take the question for one for a new lease after this one was given back.
+func (p *pool) endExtension(l *leased) {
+	p.mu.Lock()
+	stop, done := l.stop, l.extending
+	p.mu.Unlock()
+	if done != nil {
+		stop()
+		<-done
+	}
 }
 
 // giveBack tells the server that a lease is not needed. Where that does not reach
@@ -375,7 +515,8 @@ func (i *IPAM) giveBack(ctx context.Context, p *pool, l *leased) {
 	}
 }
 
-// loadLeases reads the leases. Those without an address are given back.
+// loadLeases reads the leases. Those without an address are given back, by Run,
+// unless a name keeps them; until then their addresses are taken.
 func (i *IPAM) loadLeases(ctx context.Context, pools map[poolKey]*pool) error {
 	list, err := i.store.List(ctx, leasePrefix)
 	if err != nil {
@@ -391,6 +532,7 @@ func (i *IPAM) loadLeases(ctx context.Context, pools map[poolKey]*pool) error {
 	if err := i.loadDUID(ctx); err != nil {
 		return err
 	}
+	stray, back := map[poolKey][]*leased{}, []cleanup(nil)
 	for _, r := range list {
 		l := &leased{rev: r.Rev}
 		if err := decode(r.Key, r.Value, &l.leaseRecord, &l.Version); err != nil {
@@ -402,35 +544,81 @@ func (i *IPAM) loadLeases(ctx context.Context, pools map[poolKey]*pool) error {
 		if err != nil || id.lease(a) != r.Key {
 			return fmt.Errorf("record %s: it is not that of a lease in a pool", r.Key)
 		}
+		l.resume(i.now())
 		p := pools[id.poolKey]
-		if p == nil || !p.taken.has(a) {
-			i.stray = append(i.stray, strayLease{newPool(id), l})
+		if p == nil {
+			stray[id.poolKey] = append(stray[id.poolKey], l)
 			continue
 		}
-		l.next = l.Lease.Granted.Add(l.Lease.Renew)
+		if !p.taken.has(a) && p.keeps(l) {
+			if err := i.store.Delete(ctx, r.Key); err != nil {
+				return err
+			}
+			continue
+		}
+		if !p.taken.has(a) {
+			b := &busy{queued: true}
+			p.taken.add(a)
+			p.busy[a] = b
+			back = append(back, cleanup{pool: p, addr: a, busy: b})
+		}
 		p.leased[a], p.keys[l.Key] = l, true
+	}
+	i.stray = stray
+	for _, c := range back {
+		i.later(c)
 	}
 	return nil
 }
 
-// strayLease is one that the engine was never told of, or has given back.
-type strayLease struct {
-	pool *pool
-	*leased
+// resume has a lease run on the clock of this process, which nobody sets. One that
+// the clock says was granted in the future, as it does on a board without a
+// battery before it has heard the time, is asked for at once.
+func (l *leased) resume(now time.Time) {
+	age := now.Sub(l.Lease.Granted)
+	l.Lease.Granted = now.UTC().Add(-max(age, 0))
+	l.next = l.Lease.Granted.Add(l.Lease.Renew)
+	if age < 0 {
+		l.next = now
+	}
+}
+
+// returnStrays gives back the leases of a pool that is gone: the process died while
+// it released the pool. The caller holds changes.
+func (i *IPAM) returnStrays(ctx context.Context, k poolKey) {
+	left := i.stray[k]
+	delete(i.stray, k)
+	if len(left) > 0 {
+		if err := i.returnLeases(ctx, newPool(poolID{poolKey: k}), left); err != nil {
+			i.log.WithField("pool", k.prefix.String()).WithError(err).Debug("the records of leases were not deleted; the next start does it")
+		}
+	}
 }
 
 // dropLeases gives back what is left in a pool that goes.
 func (i *IPAM) dropLeases(ctx context.Context, p *pool) error {
 	p.mu.Lock()
-	var left []*leased
-	for _, l := range p.leased {
-		left = append(left, l)
-	}
+	left := slices.Collect(maps.Values(p.leased))
 	p.mu.Unlock()
+	for _, l := range left {
+		p.endExtension(l)
+	}
+	return i.returnLeases(ctx, p, left)
+}
+
+// returnLeases gives leases back, as long as there is time, and deletes all that is
+// on disk of a pool's.
+func (i *IPAM) returnLeases(ctx context.Context, p *pool, left []*leased) error {
+	end := time.Now().Add(returnTime)
 	g := errgroup.Group{}
 	g.SetLimit(extendAtOnce)
 	for _, l := range left {
-		g.Go(func() error { i.giveBack(ctx, p, l); return nil })
+		g.Go(func() error {
+			if time.Now().Before(end) {
+				i.giveBack(ctx, p, l)
+			}
+			return nil
+		})
 	}
 	_ = g.Wait()
 	return i.store.DeletePrefix(ctx, p.leases())
@@ -445,13 +633,14 @@ func (i *IPAM) wakeLeases() {
 
 // extend asks for more time for leases, each when it is due, until ctx ends.
 func (i *IPAM) extend(ctx context.Context) error {
-	for _, s := range i.stray {
-		i.giveBack(ctx, s.pool, s.leased)
-		if err := i.store.Delete(ctx, s.pool.lease(s.Lease.Address.Addr())); err != nil && ctx.Err() == nil {
-			i.log.WithError(err).Debug("the record of a lease was not deleted; the next start does it")
+	if release, err := i.change(ctx); err == nil {
+		for k := range i.stray {
+			i.returnStrays(ctx, k)
 		}
+		release()
 	}
-	i.stray = nil
+	var running sync.WaitGroup
+	defer running.Wait()
 	for {
 		var due <-chan time.Time
 		if at, ok := i.nextLease(); ok {
@@ -462,7 +651,7 @@ func (i *IPAM) extend(ctx context.Context) error {
 			return nil
 		case <-i.leases:
 		case <-due:
-			i.extendDue(ctx)
+			i.extendDue(ctx, &running)
 		}
 	}
 }
@@ -471,8 +660,8 @@ func (i *IPAM) extend(ctx context.Context) error {
 func (i *IPAM) nextLease() (at time.Time, ok bool) {
 	for _, p := range i.leasedPools() {
 		p.mu.Lock()
-		for _, l := range p.leased {
-			if !ok || l.next.Before(at) {
+		for a, l := range p.leased {
+			if p.extends(a, l) && (!ok || l.next.Before(at)) {
 				at, ok = l.next, true
 			}
 		}
@@ -493,24 +682,41 @@ func (i *IPAM) leasedPools() []*pool {
 	return out
 }
 
-// extendDue asks for all leases whose time has come.
-func (i *IPAM) extendDue(ctx context.Context) {
-	g := errgroup.Group{}
-	g.SetLimit(extendAtOnce)
+// extends reports whether a lease is one that is asked for when it is due: not if
+// that is being done, and not if it is being made or given back; p.mu is held.
+func (p *pool) extends(a netip.Addr, l *leased) bool {
+	return l.extending == nil && p.busy[a] == nil && !p.closed
+}
+
+// extendDue begins to ask for all leases whose time has come. A server that is
+// silent holds up only those of its own pool.
+func (i *IPAM) extendDue(ctx context.Context, running *sync.WaitGroup) {
 	for _, p := range i.leasedPools() {
 		p.mu.Lock()
-		var due []*leased
-		for _, l := range p.leased {
-			if !l.next.After(i.now()) {
-				due = append(due, l)
+		for a, l := range p.leased {
+			if !p.extends(a, l) || l.next.After(i.now()) {
+				continue
 			}
+			ctx, stop := context.WithCancel(ctx)
+			done := make(chan struct{})
+			l.stop, l.extending = stop, done
+			running.Go(func() {
+				defer i.wakeLeases()
+				defer close(done)
+				defer stop()
+				select {
+				case p.asks <- struct{}{}:
+					i.extendOne(ctx, p, l)
+					<-p.asks
+				case <-ctx.Done():
+				}
+				p.mu.Lock()
+				l.stop, l.extending = nil, nil
+				p.mu.Unlock()
+			})
 		}
 		p.mu.Unlock()
-		for _, l := range due {
-			g.Go(func() error { i.extendOne(ctx, p, l); return nil })
-		}
 	}
-	_ = g.Wait()
 }
 
 // extendOne asks for one lease. When it is over, or was refused, the container
@@ -545,10 +751,12 @@ func (i *IPAM) extendOne(ctx context.Context, p *pool, l *leased) {
 		l.trouble, l.next = err.Error(), now.Add(l.pause(now))
 		p.counts.Silent++
 	}
-	if over && before == "" && err != nil || err != nil && !over && now.After(l.expires()) {
-		p.counts.Expired++
+	if ended := err != nil && now.After(l.expires()); ended != l.ended {
+		l.ended = ended
+		if ended {
+			p.counts.Expired++
+		}
 	}
-	record, rev := l.leaseRecord, l.rev
 	p.mu.Unlock()
 	log := i.log.WithField("pool", p.prefix.String())
 	switch {
@@ -560,21 +768,18 @@ func (i *IPAM) extendOne(ctx context.Context, p *pool, l *leased) {
 	if err != nil {
 		return
 	}
-	next := &leased{leaseRecord: record, rev: rev}
-	if err := i.putLease(ctx, p, next); err != nil {
+	if err := i.putLease(ctx, p, l); err != nil {
 		log.WithError(err).Debug("an extended lease was not written down")
-		return
 	}
-	p.mu.Lock()
-	l.rev = next.rev
-	p.mu.Unlock()
 }
 
 // refused is how the trouble of a lease begins that the server has taken away.
 const refused = "refused"
 
 // pause is how long to wait after a question that nobody answered; p.mu is held.
-func (l *leased) pause(now time.Time) time.Duration { return max(l.expires().Sub(now)/2, l.least()) }
+func (l *leased) pause(now time.Time) time.Duration {
+	return max(l.expires().Sub(now)/2, l.least())
+}
 
 func (l *leased) least() time.Duration {
 	return min(extendPause, max(l.Lease.Valid/leaseFraction, time.Second))
