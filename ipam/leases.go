@@ -294,7 +294,7 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 	p.mu.Lock()
 	owner := p.reservedFor[a.Addr()]
 	if q.leased != nil {
-		q.leased.asking = false
+		q.asking = false
 	}
 	if err != nil && !p.marked(q.leased) {
 		delete(p.keys, key)

@@ -2,6 +2,7 @@ package ipam
 
 import (
 	"context"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -198,9 +199,7 @@ func newLeasing(tb testing.TB, options map[string]string) *leasing {
 	}
 	l.restart()
 	all := map[string]string{"dhcp": "lan0"}
-	for k, v := range options {
-		all[k] = v
-	}
+	maps.Copy(all, options)
 	if id, err := l.pooled(leasedSubnet, all); err != nil || id != leasedPool {
 		tb.Fatal(id, err)
 	}

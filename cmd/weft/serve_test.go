@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -11,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,6 +31,12 @@ func TestMain(m *testing.M) {
 	if os.Getenv(asMain) != "" {
 		main()
 		return
+	}
+	flag.Parse()
+	// Tests that run beside each other wait for leases to end, and hardly work: more
+	// of them at a time than there are processors, unless somebody says otherwise.
+	if parallel := flag.Lookup("test.parallel").Value; parallel.String() == strconv.Itoa(runtime.GOMAXPROCS(0)) {
+		_ = parallel.Set("8")
 	}
 	os.Exit(m.Run())
 }
@@ -108,15 +116,23 @@ func (p *process) call(tb testing.TB, method, body string) (int, map[string]any)
 		tb.Fatalf("%s: %v", method, err)
 	}
 	defer func() { _ = resp.Body.Close() }()
-	b, err := io.ReadAll(resp.Body)
+	m, err := decoded(resp.Body)
 	if err != nil {
 		tb.Fatalf("%s: %v", method, err)
 	}
-	var m map[string]any
-	if err := json.Unmarshal(b, &m); err != nil {
-		tb.Fatalf("%s: %q: %v", method, b, err)
-	}
 	return resp.StatusCode, m
+}
+
+// decoded is an answer.
+func decoded(r io.Reader) (m map[string]any, err error) {
+	b, err := io.ReadAll(r)
+	if err != nil {
+		return nil, err
+	}
+	if err := json.Unmarshal(b, &m); err != nil {
+		return nil, fmt.Errorf("%q: %w", b, err)
+	}
+	return m, nil
 }
 
 // must is call for those that have to succeed.

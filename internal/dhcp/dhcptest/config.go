@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"strings"
 )
@@ -109,7 +110,11 @@ func (s *Server) isc(six bool) []string {
 		fmt.Fprintf(&b, "host h%d { %s; fixed-address %s; }\n", i, who, r.Address)
 	}
 	family := map[bool]string{false: "-4", true: "-6"}[six]
-	return []string{family, "-f", "-d", "-cf", s.write("dhcpd.conf", b.String()), "-lf", s.write("leases", ""),
+	leases := filepath.Join(s.dir, "leases")
+	if _, err := os.Stat(leases); err != nil { // it has to be there
+		s.write("leases", "")
+	}
+	return []string{family, "-f", "-d", "-cf", s.write("dhcpd.conf", b.String()), "-lf", leases,
 		"-pf", filepath.Join(s.dir, "dhcpd.pid"), c.Link}
 }
 

@@ -79,22 +79,40 @@ type Server struct {
 func Start(tb testing.TB, k Kind, ns Namespace, cfg Config) *Server {
 	tb.Helper()
 	s := &Server{tb: tb, kind: k, ns: ns, cfg: cfg, dir: tb.TempDir()}
-	six := cfg.Subnet.Addr().Is6()
 	program := string(k)
+	if k == Kea {
+		program = map[bool]string{false: "kea-dhcp4", true: "kea-dhcp6"}[cfg.Subnet.Addr().Is6()]
+	}
+	s.args = []string{s.install(program)}
+	s.configure()
+	tb.Cleanup(s.end)
+	s.Resume()
+	return s
+}
+
+// configure writes the server's files and sets its arguments.
+func (s *Server) configure() {
+	six := s.cfg.Subnet.Addr().Is6()
 	var args []string
-	switch k {
+	switch s.kind {
 	case Dnsmasq:
 		args = s.dnsmasq()
 	case ISC:
 		args = s.isc(six)
 	case Kea:
-		program = map[bool]string{false: "kea-dhcp4", true: "kea-dhcp6"}[six]
 		args = s.kea(six)
 	}
-	s.args = append([]string{s.install(program)}, args...)
-	tb.Cleanup(s.end)
+	s.args = append(s.args[:1], args...)
+}
+
+// Change stops the server and starts it with another configuration and the leases
+// that it had.
+func (s *Server) Change(change func(*Config)) {
+	s.tb.Helper()
+	s.Stop()
+	change(&s.cfg)
+	s.configure()
 	s.Resume()
-	return s
 }
 
 // install copies a program into the test's directory: AppArmor's profiles are
