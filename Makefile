@@ -39,6 +39,7 @@ e2e: ## tests with a real engine: ENGINE=20 (Debian 12) or ENGINE=28 (Debian sid
 
 soak: deps plugin ## faults of clusters as long as real ones, and 200 hosts
 	WEFT_SOAK=1 $(GO) test -count=1 -timeout 30m -v -run 'Gossip|Scale' ./overlay
+	WEFT_SOAK=1 $(GO) test -race -count=1 -timeout 30m -v -run Frozen ./cmd/weft
 	WEFT_SOAK=1 ENGINE=$(ENGINE) $(GO) test -tags=e2e,nosystemd -count=1 -timeout 60m -v -run 'Overlay|Cluster' ./e2e/
 
 vm: plugin ## tests that need ipvlan, VLAN or dummy links, under Debian's kernel in a virtual machine: VM_RUN=PATTERN
