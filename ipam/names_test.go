@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -395,4 +396,46 @@ func TestForgottenAndBoundAgain(t *testing.T) {
 	if s := h.Status(t.Context()).Pools[0].Names; len(s) != 1 || s[0].Address.String() != "10.1.0.1" {
 		t.Errorf("%+v", s)
 	}
+}
+
+// FuzzOptions: what is accepted is read again from its record as the same, and what
+// is reserved is an address of the pool.
+func FuzzOptions(f *testing.F) {
+	for _, s := range [][5]string{
+		{"reserve.web", "10.0.0.5", "keep", "24h", "10.0.0.0/24"}, {"reserve.web", "fd00::5, 10.0.0.5,02:00:00:00:00:05", "quarantine", "0", "fd00::/64"},
+		{"reserve.a", "10.0.0.5", "reserve.b", "10.0.0.5", "10.0.0.0/24"}, {"dhcp", "eth0.7", "reserve.x", "10.0.0.255", "10.0.0.0/24"},
+		{"space", "blue", "", "", "10.0.0.0/24"}, {"reserve.w", "10.0.0.5,02-00-00-00-00-05,", "keep", "1h1m", ""}, {"reserve.w", "fe80::1%eth0", "dhcp", "a:1", "fe80::/64"},
+		{"reserve./x", "::ffff:10.0.0.5", "keep", "-1ns", "::/0"}, {"reserve.w", "0200.0000.0005,10.0.0.0", "quarantine", "9999999h", "10.0.0.0/31"},
+	} {
+		f.Add(s[0], s[1], s[2], s[3], s[4])
+	}
+	f.Fuzz(func(t *testing.T, k1, v1, k2, v2, pool string) {
+		prefix, err := netip.ParsePrefix(pool)
+		if err != nil || validPool(prefix) != nil {
+			prefix = netip.Prefix{}
+		}
+		o, err := parseOptions(map[string]string{k1: v1, k2: v2}, prefix)
+		if err != nil {
+			return
+		}
+		again, err := parseOptions(o.raw, prefix)
+		if err != nil {
+			t.Fatalf("%q is refused when it is read again: %v", o.raw, err)
+		}
+		again.space = o.space // which is not in the record
+		if !reflect.DeepEqual(o, again) {
+			t.Fatalf("%q is read again as %+v, first it was %+v", o.raw, again, o)
+		}
+		if o.quarantine < 0 || o.dhcp != "" && checkLink(o.dhcp) != nil {
+			t.Fatalf("%+v", o)
+		}
+		for name, r := range o.reserved {
+			if first, last := (poolKey{prefix: prefix}).usable(); r.addr.Less(first) || last.Less(r.addr) || !prefix.Contains(r.addr) {
+				t.Fatalf("%s is reserved in %s", r, prefix)
+			}
+			if same, err := parseReservation(name, r.String(), prefix); err != nil || same != r {
+				t.Fatalf("%s is read again as %s, %v", r, same, err)
+			}
+		}
+	})
 }
