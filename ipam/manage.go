@@ -144,7 +144,7 @@ func (i *IPAM) orderForget(ctx context.Context, p *pool, o Order) (string, error
 	case option:
 		return "", fmt.Errorf("%s has an address of pool %s by the network's option reserve.%s: make the network again without it", name, p.prefix, name)
 	case added:
-		if err := i.putReserved(ctx, p, func(m map[string]reservation) { delete(m, name) }); err != nil {
+		if err := i.putReserved(ctx, p, func(m map[string]reservation) error { delete(m, name); return nil }); err != nil {
 			return "", err
 		}
 	case b != nil:
@@ -176,26 +176,29 @@ func (i *IPAM) orderReserve(ctx context.Context, p *pool, o Order) (string, erro
 	if !p.named() {
 		return "", fmt.Errorf("pool %s is shared by hosts: an address of it cannot be reserved", p.prefix)
 	}
-	p.mu.Lock()
-	owner, option := p.reservedFor[r.addr], p.opts.reserved[o.Name].addr
-	b, taken := p.byAddr[r.addr], p.taken.has(r.addr)
-	p.mu.Unlock()
-	switch {
-	case option.IsValid():
-		return "", fmt.Errorf("%s has %s by the network's option reserve.%s: make the network again to change it", o.Name, option, o.Name)
-	case owner != "" && owner != o.Name:
-		return "", fmt.Errorf("address %s of pool %s is reserved for %s: `weft address forget %s` first", r.addr, p.prefix, owner, owner)
-	case taken && b != nil && b.name != o.Name:
-		return "", fmt.Errorf("address %s of pool %s is in use by %s: remove that container first", r.addr, p.prefix, b.name)
-	}
-	if err := i.putReserved(ctx, p, func(m map[string]reservation) { m[o.Name] = r }); err != nil {
+	err = i.putReserved(ctx, p, func(m map[string]reservation) error {
+		owner, option := p.reservedFor[r.addr], p.opts.reserved[o.Name].addr
+		b := p.byAddr[r.addr]
+		switch {
+		case option.IsValid():
+			return fmt.Errorf("%s has %s by the network's option reserve.%s: make the network again to change it", o.Name, option, o.Name)
+		case owner != "" && owner != o.Name:
+			return fmt.Errorf("address %s of pool %s is reserved for %s: `weft address forget %s` first", r.addr, p.prefix, owner, owner)
+		case p.taken.has(r.addr) && b != nil && b.name != o.Name:
+			return fmt.Errorf("address %s of pool %s is in use by %s: remove that container first", r.addr, p.prefix, b.name)
+		}
+		m[o.Name] = r
+		return nil
+	})
+	if err != nil {
 		return "", err
 	}
 	return fmt.Sprintf("address %s of pool %s is reserved for %s", r, p.prefix, o.Name), nil
 }
 
-// putReserved changes what was reserved by command: record, then memory.
-func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]reservation)) error {
+// putReserved changes what was reserved by command: record, then memory. change is
+// called with changes and p.mu held.
+func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]reservation) error) error {
 	release, err := i.change(ctx)
 	if err != nil {
 		return err
@@ -203,12 +206,13 @@ func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]
 	defer release()
 	p.mu.Lock()
 	next := &pool{poolKey: p.poolKey, sub: p.sub, opts: p.opts, rev: p.rev, added: maps.Clone(p.added)}
-	closed := p.closed
-	p.mu.Unlock()
-	if closed {
-		return errPoolGone
+	if err = errPoolGone; !p.closed {
+		err = change(next.added)
 	}
-	change(next.added)
+	p.mu.Unlock()
+	if err != nil {
+		return err
+	}
 	err = i.home(p.poolKey).putPool(ctx, next)
 	p.mu.Lock()
 	p.rev = next.rev

@@ -7,6 +7,7 @@ import (
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -438,4 +439,26 @@ func FuzzOptions(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestReservedAtOnce: of many who reserve one address one gets it, also after a
+// restart.
+func TestReservedAtOnce(t *testing.T) {
+	h := newHouse(t)
+	h.do("pool local 10.1.0.0/24")
+	var wg sync.WaitGroup
+	done := make([]error, 20)
+	for n := range done {
+		wg.Go(func() {
+			_, done[n] = h.Carry(t.Context(), Order{Do: "reserve", Name: fmt.Sprint("n", n), Address: netip.MustParseAddr("10.1.0.9")})
+		})
+	}
+	wg.Wait()
+	for range 2 {
+		names := h.Status(t.Context()).Pools[0].Names
+		if len(names) != 1 || names[0].Name != fmt.Sprint("n", slices.Index(done, nil)) {
+			t.Errorf("%+v, errors %v", names, done)
+		}
+		h.restart()
+	}
 }
