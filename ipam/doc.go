@@ -57,8 +57,10 @@
 // In a pool with DHCP the server chooses: see leases.go. A lease is asked for
 // with no lock held, since nobody knows yet which address it will be; what is
 // marked before is the station, so that no two requests ask as the same one. The
-// record of the lease is written before that of the address and deleted after
-// it: one alone was in flight when the process died, and is given back by Run.
+// record of the lease is written when the server has made its offer and before it is
+// taken, then that of the address, and deleted in the reverse order: one alone was
+// in flight when the process died, and is given back by Run, if no name keeps it.
+// Until then its address counts as taken.
 // Its space is that of the link, so that several networks may have the subnet.
 //
 // # Locks
