@@ -19,11 +19,9 @@
 // All files but this one carry the build tag e2e: they need root and an
 // engine. Settings: ENGINE=20 (docker.io of this machine, the default) or 28
 // (Debian sid, bootstrapped once into WEFT_CACHE, default
-// ${XDG_CACHE_HOME:-/var/cache}/weft/engine-28); E2E_DRIVER=builtin runs only
-// the built-in column of the parity table, for work on the harness itself;
-// E2E_IPAM=engine gives networks of ours the engine's addresses; E2E_PROBE=FILE
-// is the probe's binary, else it is built; E2E_SLOW=N multiplies the limits of
-// time, for emulated processors; E2E_LOGS=DIR keeps the daemon logs of failed
+// ${XDG_CACHE_HOME:-/var/cache}/weft/engine-28); E2E_PROBE=FILE is the probe's
+// binary, else it is built; E2E_SLOW=N multiplies the limits of time, for
+// emulated processors; E2E_LOGS=DIR keeps the daemon logs of failed
 // tests; WEFT_SOAK=1 makes faults of clusters last as long as real ones do;
 // REQUIRE_KERNEL=1 makes tests fail that are otherwise skipped because the kernel
 // lacks what they are about.

@@ -21,7 +21,7 @@ import (
 // oursNetwork makes a network of ours.
 func (e *engine) oursNetwork(tb testing.TB, name string, args ...string) {
 	tb.Helper()
-	all := slices.Concat([]string{"network", "create", "-d", ours, "--ipam-driver", suite.ipam}, args, []string{name})
+	all := slices.Concat([]string{"network", "create", "-d", ours, "--ipam-driver", ours}, args, []string{name})
 	e.must(tb, all...)
 }
 
@@ -395,7 +395,7 @@ func TestDiskFull(t *testing.T) {
 	made := 0
 	for ; made < 150 && refusedBy == nil; made++ {
 		start := time.Now()
-		_, refusedBy = e.docker("network", "create", "-d", ours, "--ipam-driver", suite.ipam, fmt.Sprintf("full%d", made))
+		_, refusedBy = e.docker("network", "create", "-d", ours, "--ipam-driver", ours, fmt.Sprintf("full%d", made))
 		if d := time.Since(start); d > 12*time.Second {
 			t.Errorf("a full disk took %v to answer", d)
 		}
@@ -453,7 +453,7 @@ func TestDamagedDatabase(t *testing.T) {
 			t.Fatal(err)
 		}
 		e.must(t, "plugin", "enable", pluginName) // it serves, with errors
-		_, err := e.docker("network", "create", "-d", ours, "--ipam-driver", suite.ipam, "refused")
+		_, err := e.docker("network", "create", "-d", ours, "--ipam-driver", ours, "refused")
 		switch {
 		case err == nil:
 			t.Errorf("%s: a network was made", name)

@@ -84,7 +84,7 @@ func refuse(t *testing.T, e *engine) {
 	e.oursNetwork(t, "alone", "-o", "mode=macvlan", "-o", "parent=alone0", "-o", "macvlan_mode=passthru", "--subnet", "10.216.0.0/24")
 	before := e.links(t)
 	for _, r := range refusals {
-		all := append([]string{"network", "create", "-d", ours, "--ipam-driver", suite.ipam}, strings.Fields(r.args)...)
+		all := append([]string{"network", "create", "-d", ours, "--ipam-driver", ours}, strings.Fields(r.args)...)
 		_, err := e.docker(append(all, "refused")...)
 		if err == nil {
 			t.Errorf("%s was accepted", r.args)
@@ -110,7 +110,7 @@ func refuse(t *testing.T, e *engine) {
 		"-o mode=macvlan -o parent=lan0.77": "vlan",
 		"-o mode=macvlan":                   "dummy",
 	} {
-		all := append([]string{"network", "create", "-d", ours, "--ipam-driver", suite.ipam}, strings.Fields(args)...)
+		all := append([]string{"network", "create", "-d", ours, "--ipam-driver", ours}, strings.Fields(args)...)
 		if _, err := e.docker(append(all, "kind")...); err == nil {
 			e.must(t, "network", "rm", "kind")
 		} else if text := lastLine(err); !strings.Contains(text, "this kernel has no") || !strings.Contains(text, kind) {
@@ -219,9 +219,6 @@ func hostVLAN(t *testing.T, e *engine) {
 func TestLANProbe(t *testing.T) {
 	t.Parallel()
 	w := newLANWorld(t)
-	if suite.ipam != ours {
-		t.Skip("the engine's IPAM asks nobody")
-	}
 	const taken, next = "198.51.100.160", "198.51.100.161"
 	w.e.lan.station(t, "squatter", taken+"/24", "2001:db8:1::a00/64")
 	args := []string{"--subnet", lan4, "--ip-range", lan4Range, "--gateway", client4, "--ipv6", "--subnet", lan6, "--ip-range", lan6Range, "--gateway", client6}

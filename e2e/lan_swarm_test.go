@@ -26,7 +26,7 @@ func TestLANSwarm(t *testing.T) {
 	token := manager.must(t, "swarm", "join-token", "-q", "worker")
 	worker.must(t, "swarm", "join", "--advertise-addr", "198.51.100.3", "--token", token, host4+":2377")
 	for i, e := range hosts {
-		e.must(t, "network", "create", "--config-only", "--ipam-driver", suite.ipam, "--subnet", lan4, "--ip-range", parts[i], "--gateway", client4,
+		e.must(t, "network", "create", "--config-only", "--ipam-driver", ours, "--subnet", lan4, "--ip-range", parts[i], "--gateway", client4,
 			"-o", "mode=macvlan", "-o", "parent=lan0", "lan-here")
 	}
 	manager.must(t, "network", "create", "-d", ours, "--scope", "swarm", "--attachable", "--config-from", "lan-here", "lan")

@@ -399,7 +399,7 @@ func lanOptionTable() []group {
 				{name: "second network", ask: func(w *world) string {
 					args := []string{"network", "create", "-d", w.driver, "-o", "parent=lan0", "--subnet", "10.211.0.0/24"}
 					if w.driver == ours {
-						args = append(args, "--ipam-driver", suite.ipam, "-o", "mode=macvlan")
+						args = append(args, "--ipam-driver", ours, "-o", "mode=macvlan")
 					}
 					if _, err := w.e.docker(append(args, "second")...); err != nil {
 						return "refused"

@@ -15,9 +15,6 @@ import (
 // again in every way that there is, and looks at their addresses.
 func TestExamplesStay(t *testing.T) {
 	t.Parallel()
-	if suite.ipam != ours {
-		t.Skip("the engine's IPAM keeps nothing")
-	}
 	e := newEngine(t, nil)
 	e.installPlugin(t)
 	for name, cmd := range standIns {
@@ -95,9 +92,6 @@ func TestExamplesStay(t *testing.T) {
 // what is reserved is there for who asks for it.
 func TestNames(t *testing.T) {
 	t.Parallel()
-	if suite.ipam != ours {
-		t.Skip("the engine's IPAM keeps nothing")
-	}
 	e := newEngine(t, nil)
 	e.installPlugin(t)
 	e.oursNetwork(t, "net1", "--subnet", net1, "--ipam-opt", "reserve.db=10.201.0.2,02:00:00:00:00:02")
@@ -167,9 +161,6 @@ func TestNames(t *testing.T) {
 // other.
 func TestLeaseKilled(t *testing.T) {
 	t.Parallel()
-	if suite.ipam != ours {
-		t.Skip("the engine's IPAM asks no server")
-	}
 	e := newLANWorld(t).e
 	s := e.lan.dhcpHost(t)
 	e.leaseNetwork(t, "lan", "lan0", append(onMacvlan, "-o", "probe=false")...)

@@ -16,9 +16,6 @@ var onMacvlan = []string{"-o", "mode=macvlan", "-o", "parent=lan0"}
 // network can have them.
 func TestLease(t *testing.T) {
 	t.Parallel()
-	if suite.ipam != ours {
-		t.Skip("the engine's IPAM asks no server")
-	}
 	e := newLANWorld(t).e
 	for _, x := range []struct {
 		name string
@@ -229,9 +226,6 @@ func leaseBridge(t *testing.T, e *engine) {
 // TestLeaseKinds asks for leases by links that not every kernel has.
 func TestLeaseKinds(t *testing.T) {
 	t.Parallel()
-	if suite.ipam != ours {
-		t.Skip("the engine's IPAM asks no server")
-	}
 	e := newLANWorld(t).e
 	t.Run("VLAN", func(t *testing.T) {
 		needKind(t, e.machine, "vlan")

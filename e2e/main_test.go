@@ -20,15 +20,13 @@ import (
 
 // suite is what the tests of one run share. TestMain fills it in.
 var suite struct {
-	dir         string // every file of this run
-	probe       string // the probe's binary
-	image       string // tar of the probe image
-	bundle      string // build/plugin
-	weft        string // the bundle's program, for "weft status"
-	builtinOnly bool
-	ipam        string // IPAM driver of networks of ours
-	version     version
-	slow        time.Duration // what limits are multiplied by
+	dir     string // every file of this run
+	probe   string // the probe's binary
+	image   string // tar of the probe image
+	bundle  string // build/plugin
+	weft    string // the bundle's program, for "weft status"
+	version version
+	slow    time.Duration // what limits are multiplied by
 
 	mu    sync.Mutex
 	notes []string
@@ -64,11 +62,6 @@ func runSuite(m *testing.M) (code int, err error) {
 	}()
 	if suite.bundle, err = filepath.Abs("../build/plugin"); err != nil {
 		return 1, err
-	}
-	suite.builtinOnly = os.Getenv("E2E_DRIVER") == "builtin"
-	suite.ipam = ours
-	if os.Getenv("E2E_IPAM") == "engine" {
-		suite.ipam = "default"
 	}
 	suite.slow = 1
 	if s := os.Getenv("E2E_SLOW"); s != "" {

@@ -288,7 +288,7 @@ func (all members) drop(tb testing.TB, network string, list []box) {
 // host hands out the part with its number.
 func (e *engine) overlayArgs(name string, n int, args ...string) []string {
 	part := strings.TrimPrefix(e.name, "host")
-	all := []string{"network", "create", "-d", ours, "--ipam-driver", suite.ipam, "-o", "mode=overlay", "--ipv6",
+	all := []string{"network", "create", "-d", ours, "--ipam-driver", ours, "-o", "mode=overlay", "--ipv6",
 		"--subnet", fmt.Sprintf("10.%d.0.0/16", n), "--ip-range", fmt.Sprintf("10.%d.%s.0/24", n, part),
 		"--subnet", fmt.Sprintf("fd%d::/64", n), "--ip-range", fmt.Sprintf("fd%d::%s:0/112", n, part)}
 	return append(append(all, args...), name)

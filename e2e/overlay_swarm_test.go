@@ -77,7 +77,7 @@ func TestOverlaySwarmLeader(t *testing.T) {
 		e.installPlugin(t, "SCOPE=global")
 	}
 	first = all.leader(t, first, "")
-	first.must(t, "network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--attachable", "--subnet", "10.45.0.0/16", "green")
+	first.must(t, "network", "create", "-d", ours, "--ipam-driver", ours, "--attachable", "--subnet", "10.45.0.0/16", "green")
 	first.must(t, "network", "create", "-d", ours, "--ipam-driver", "default", "--attachable", "--subnet", "10.46.0.0/16", "lime")
 	green, lime := first.vni(t, "green"), first.vni(t, "lime")
 	if green == lime {
@@ -114,7 +114,7 @@ func TestOverlaySwarmLeader(t *testing.T) {
 	first.kill(t)
 	rest := slices.DeleteFunc(slices.Clone(with), func(e *engine) bool { return e == first })
 	next := all.leader(t, rest[0], first.name)
-	next.must(t, "network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--attachable", "--subnet", "10.47.0.0/16", "olive")
+	next.must(t, "network", "create", "-d", ours, "--ipam-driver", ours, "--attachable", "--subnet", "10.47.0.0/16", "olive")
 	if olive := next.vni(t, "olive"); olive == green || olive == lime {
 		t.Errorf("after a change of leader a new network has the VNI of an old one: %s of %s, %s", olive, green, lime)
 	}
@@ -168,7 +168,7 @@ func TestOverlaySwarmLeader(t *testing.T) {
 		{"teal", "10.45.0.0/17", green}, // a part of green's
 		{"navy", "10.45.0.0/16", lime},
 	} {
-		first.must(t, "network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--attachable", "--subnet", x.subnet, "-o", "vni="+x.vni, x.name)
+		first.must(t, "network", "create", "-d", ours, "--ipam-driver", ours, "--attachable", "--subnet", x.subnet, "-o", "vni="+x.vni, x.name)
 		if vni := first.vni(t, x.name); vni != x.vni {
 			t.Errorf("network %s has VNI %s, asked for was %s", x.name, vni, x.vni)
 		}
@@ -209,7 +209,7 @@ func TestOverlaySwarmVersions(t *testing.T) {
 	for _, e := range all {
 		e.installPlugin(t, "SCOPE=global")
 	}
-	manager.must(t, "network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--attachable", "--subnet", "10.45.0.0/16", "green")
+	manager.must(t, "network", "create", "-d", ours, "--ipam-driver", ours, "--attachable", "--subnet", "10.45.0.0/16", "green")
 	manager.globalService(t, "web", "green")
 	tasks := all.tasks(t, "web", "green")
 	all.talk(t, tasks)

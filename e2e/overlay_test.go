@@ -50,7 +50,7 @@ func (all members) join(tb testing.TB, settings ...string) {
 func (all members) network(tb testing.TB, name string) {
 	tb.Helper()
 	for i, e := range all {
-		e.must(tb, "network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--ipv6", "-o", "mode=overlay", "-o", "vni="+blueVNI,
+		e.must(tb, "network", "create", "-d", ours, "--ipam-driver", ours, "--ipv6", "-o", "mode=overlay", "-o", "vni="+blueVNI,
 			"--subnet", blue4, "--ip-range", fmt.Sprintf("10.44.%d.0/24", i+1), "--subnet", blue6, "--ip-range", fmt.Sprintf("fd44::%d:0/112", i+1), name)
 	}
 }
@@ -139,7 +139,7 @@ func TestOverlaySwarm(t *testing.T) {
 	for _, e := range all {
 		e.installPlugin(t, "SCOPE=global")
 	}
-	manager.must(t, "network", "create", "-d", ours, "--ipam-driver", suite.ipam, "--attachable", "--subnet", "10.45.0.0/16", "green")
+	manager.must(t, "network", "create", "-d", ours, "--ipam-driver", ours, "--attachable", "--subnet", "10.45.0.0/16", "green")
 	manager.globalService(t, "web", "green")
 	tasks := all.tasks(t, "web", "green")
 	all.talk(t, tasks)

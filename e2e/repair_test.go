@@ -348,7 +348,7 @@ func TestStart(t *testing.T) {
 		"--ipam-opt x=y":  {"x"},
 		"-o bridge=nobr0": {"nobr0"},
 	} {
-		all := append([]string{"network", "create", "-d", ours, "--ipam-driver", suite.ipam}, strings.Fields(args)...)
+		all := append([]string{"network", "create", "-d", ours, "--ipam-driver", ours}, strings.Fields(args)...)
 		_, err := e.docker(append(all, "refused")...)
 		if err == nil {
 			t.Errorf("%s was accepted", args)

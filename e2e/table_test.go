@@ -511,7 +511,7 @@ func addressTable() []group {
 				{name: "second network", ask: func(w *world) string {
 					args := []string{"network", "create", "-d", w.driver, "--subnet", net1}
 					if w.driver == ours {
-						args = append(args, "--ipam-driver", suite.ipam)
+						args = append(args, "--ipam-driver", ours)
 					}
 					_, err := w.e.docker(append(args, "again")...)
 					if err == nil {

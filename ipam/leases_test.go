@@ -292,7 +292,7 @@ func TestLeaseCrashes(t *testing.T) {
 			},
 			"release": func(r *rapid.T) {
 				if len(live) == 0 {
-					r.Skip("nothing to release")
+					return
 				}
 				var have []netip.Addr
 				for a := range live {

@@ -318,7 +318,7 @@ func TestCrashes(t *testing.T) {
 			},
 			"release": func(r *rapid.T) {
 				if len(live) == 0 {
-					r.Skip("nothing to release")
+					return
 				}
 				var have []string
 				for a := range live {

@@ -15,7 +15,7 @@ import (
 func BenchmarkAcquire(b *testing.B) {
 	busybox, err := exec.LookPath("busybox")
 	if err != nil {
-		b.Skip("needs busybox (hack/deps.sh installs it)")
+		b.Fatalf("%v: hack/deps.sh installs it", err)
 	}
 	host, router := newLAN(b)
 	dhcptest.Start(b, dhcptest.Dnsmasq, router, config4)

@@ -70,10 +70,7 @@ func Start(tb testing.TB, config Config) *Cluster {
 	tb.Helper()
 	binary, err := exec.LookPath("etcd")
 	if err != nil {
-		if os.Getenv("REQUIRE_NETNS") == "1" {
-			tb.Fatalf("find etcd: %v", err)
-		}
-		tb.Skipf("needs etcd (Debian: etcd-server): %v", err)
+		tb.Fatalf("%v: hack/deps.sh installs it", err)
 	}
 	n := max(config.Members, 1)
 	c := &Cluster{tb: tb}
