@@ -1,8 +1,8 @@
 // Package datapath makes the kernel equal to a [State].
 //
 // It owns our links (known by their link group, [Group]) with their addresses,
-// sysctls, forwarding and neighbour entries, the nftables table "weft", the one rule in chains of others
-// (the hook), and the sockets that hold published ports with the proxy behind
+// sysctls, forwarding and neighbour entries, the nftables tables "weft" (inet, and netdev for shortcuts),
+// the one rule in chains of others (the hook), and the sockets that hold published ports with the proxy behind
 // them. Nobody else in this module talks to the kernel.
 //
 // It never knows what a record, a network or a container is, never enters a

@@ -24,13 +24,14 @@ type Config struct {
 // Kernel is the door to the kernel. Its methods may be called concurrently;
 // see the package comment for what must not overlap.
 type Kernel struct {
-	log      logrus.FieldLogger
-	links    *links
-	sysctl   *sysctl
-	sockets  *sockets
-	flows    *flows
-	firewall *firewall
-	hook     *hook
+	log       logrus.FieldLogger
+	links     *links
+	sysctl    *sysctl
+	sockets   *sockets
+	flows     *flows
+	firewall  *firewall
+	shortcuts *shortcuts
+	hook      *hook
 
 	resolvConf string // path; tests have their own
 
@@ -58,6 +59,7 @@ func New(c Config) (_ *Kernel, err error) {
 		k.links.close()
 		return nil, err
 	}
+	k.shortcuts = newShortcuts(c.Log, k.firewall.ns)
 	k.flows = newFlows(c.Log)
 	return k, nil
 }
@@ -67,6 +69,7 @@ func New(c Config) (_ *Kernel, err error) {
 func (k *Kernel) Close() {
 	k.sockets.close()
 	k.flows.close()
+	k.shortcuts.close()
 	k.firewall.close()
 	k.links.close()
 }
@@ -148,6 +151,9 @@ func (k *Kernel) ensure(ctx context.Context, s State, d *done) error {
 		return err
 	}
 	if err := k.links.ensureNeighbours(ctx, s.Neighbours, d); err != nil {
+		return err
+	}
+	if err := k.shortcuts.ensure(ctx, s.Shortcuts, k.links.index, d); err != nil {
 		return err
 	}
 	for _, x := range s.Sockets {
@@ -402,7 +408,7 @@ func (k *Kernel) Remove(ctx context.Context, s State) error {
 
 func (k *Kernel) removeLinks(ctx context.Context, s State) error {
 	var veths, vxlans, bridges, children []doomed
-	errs := []error{k.links.removeNeighbours(ctx, s), k.links.removeForwards(ctx, s)}
+	errs := []error{k.shortcuts.remove(ctx, s.Shortcuts), k.links.removeNeighbours(ctx, s), k.links.removeForwards(ctx, s)}
 	for _, r := range s.Routes {
 		errs = append(errs, k.links.removeRoute(r))
 	}
@@ -445,6 +451,15 @@ func (k *Kernel) Owned(ctx context.Context) (State, error) {
 	if s.Elements, err = k.firewall.owned(ctx); err != nil {
 		return State{}, err
 	}
+	names := make(map[int]string, len(all))
+	for _, l := range all {
+		names[l.index] = l.name
+	}
+	list, can, err := k.shortcuts.owned(ctx, names)
+	if err != nil {
+		return State{}, err
+	}
+	s.Shortcuts, s.NoShortcuts = list, !can
 	// Only now: setting them mends a damaged table, which the caller is to
 	// see and to say.
 	if err := k.setUplinks(ctx, all); err != nil {

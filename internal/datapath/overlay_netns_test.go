@@ -57,6 +57,12 @@ func overlay(n int, v6 bool, mtu int) State {
 			{Link: "wfb0", Addr: lanAddr(fmt.Sprintf("10.7.0.%d", other)), MAC: mac(byte(other))},
 			{Link: "wfb0", Addr: lanAddr(fmt.Sprintf("fd07::%d", other)), MAC: mac(byte(other))},
 		},
+		Shortcuts: []Shortcut{
+			{Tunnel: "wfx0", Link: "wfx0"},
+			{Tunnel: "wfx0", Link: "wfx0", MAC: mac(byte(other))},
+			{Tunnel: "wfx0", Link: "wfv0"},
+			{Tunnel: "wfx0", Link: "wfv0", MAC: mac(byte(n))},
+		},
 	}
 }
 
@@ -152,7 +158,7 @@ func TestOverlayEnsureOwnedRemove(t *testing.T) {
 			host.Exec("sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
 			s := overlay(1, v6, 1400)
 			lines := ensure(t, k, s)
-			for _, want := range []string{"vxlan wfx0: made in wfb0", "vxlan wfx0: 2 forwarding entries", "bridge wfb0: 2 neighbours"} {
+			for _, want := range []string{"vxlan wfx0: made in wfb0", "vxlan wfx0: 2 forwarding entries", "bridge wfb0: 2 neighbours", "nft table netdev weft: 4 shortcuts past the bridge"} {
 				if !strings.Contains(strings.Join(lines, "\n"), want) {
 					t.Errorf("changes %q lack %q", lines, want)
 				}
@@ -177,10 +183,10 @@ func TestOverlayEnsureOwnedRemove(t *testing.T) {
 				t.Errorf("accepts no checksum: %t, want %t", got, v6)
 			}
 			// Without their links, and with them.
-			entries := State{Forwards: s.Forwards, Neighbours: s.Neighbours}
+			entries := State{Forwards: s.Forwards, Neighbours: s.Neighbours, Shortcuts: s.Shortcuts[1:]}
 			remove(t, k, entries)
 			rest := s
-			rest.Forwards, rest.Neighbours = nil, nil
+			rest.Forwards, rest.Neighbours, rest.Shortcuts = nil, nil, s.Shortcuts[:1]
 			same(t, k, rest)
 			if got := host.Exec("bridge", "fdb", "show", "dev", "wfx0"); strings.Contains(got, "static") || strings.Contains(got, "self") {
 				t.Errorf("entries are left: %s", got)
@@ -189,6 +195,9 @@ func TestOverlayEnsureOwnedRemove(t *testing.T) {
 			ensure(t, k, s)
 			remove(t, k, s)
 			same(t, k, State{})
+			if got := host.Exec("nft", "list", "tables", "netdev"); got != "" {
+				t.Errorf("left behind: %s", got)
+			}
 			remove(t, k, s)
 		})
 	}
@@ -203,6 +212,10 @@ bridge fdb append 00:00:00:00:00:00 dev wfx0 dst 2001:db8::2
 bridge fdb replace 02:42:00:00:00:02 dev wfx0 dst 2001:db8::2 self master static
 neigh replace 10.7.0.2 lladdr 02:42:00:00:00:02 dev wfb0 nud permanent
 neigh replace fd07::2 lladdr 02:42:00:00:00:02 dev wfb0 nud permanent
+nft add rule netdev weft wfx0 fwd to ether daddr map @here_wfx0
+nft add element netdev weft away_wfx0 { 02:42:00:00:00:02 : wfx0 }
+nft add rule netdev weft wfv0 fwd to ether daddr map @away_wfx0
+nft add element netdev weft here_wfx0 { 02:42:00:00:00:01 : wfv0 }
 `
 	s := overlay(1, true, 1430)
 	if d := cmp.Diff(want, s.String()); d != "" {
@@ -407,6 +420,14 @@ func TestOverlayMends(t *testing.T) {
 		"neighbour":              "ip neigh del 10.7.0.2 dev wfb0",
 		"neighbour, IPv6":        "ip neigh del fd07::2 dev wfb0",
 		"neighbour's MAC":        "ip neigh replace 10.7.0.2 lladdr 02:00:00:00:00:99 dev wfb0 nud permanent",
+		"hook gone":              "nft delete chain netdev weft wfv0",
+		"hook idle":              "nft flush chain netdev weft wfx0",
+		"hook elsewhere":         "nft delete chain netdev weft wfv0; nft add chain netdev weft wfv0 '{ type filter hook ingress device lo priority 0; }'",
+		"hook does more":         "nft add rule netdev weft wfx0 drop",
+		"shortcut gone":          "nft delete element netdev weft here_wfx0 '{ 02:42:00:00:00:01 }'",
+		"shortcut elsewhere":     "nft delete element netdev weft away_wfx0 '{ 02:42:00:00:00:02 }'; nft add element netdev weft away_wfx0 '{ 02:42:00:00:00:02 : lo }'",
+		"shortcut back":          "nft delete element netdev weft here_wfx0 '{ 02:42:00:00:00:01 }'; nft add element netdev weft here_wfx0 '{ 02:42:00:00:00:01 : wfx0 }'",
+		"table of shortcuts":     "nft delete table netdev weft",
 		"neighbour ages":         "ip neigh replace 10.7.0.2 lladdr 02:42:00:00:00:02 dev wfb0 nud stale",
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -588,6 +609,8 @@ func TestOverlayFailingLeavesNothing(t *testing.T) {
 		"forward's VTEP":   {f: func(s *State) { s.Forwards[2].VTEP = netip.Addr{} }, word: "wfx1"},
 		"neighbour's link": {f: func(s *State) { s.Neighbours[2].Link = "none" }, word: "none"},
 		"neighbour":        {f: func(s *State) { s.Neighbours[2].Addr = netip.Addr{} }, word: "wfb1"},
+		"shortcut's link":  {f: func(s *State) { s.Shortcuts[2].Link = "none" }, word: "none"},
+		"hook's link":      {f: func(s *State) { s.Shortcuts[1].Link = "none" }, word: "none"},
 		"element":          {f: func(s *State) { s.Elements = append(s.Elements, Element{Set: SetPublished}) }, word: "published"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -600,6 +623,8 @@ func TestOverlayFailingLeavesNothing(t *testing.T) {
 				Veths:      []Veth{{Name: "wfv1", Peer: "wfc1", Master: "wfb1", MTU: 1400}},
 				Forwards:   []Forward{{Link: "wfx0", VTEP: vtep(9, false)}, {Link: "wfx0", MAC: mac(9), VTEP: vtep(9, false)}, {Link: "wfx1", MAC: mac(9), VTEP: vtep(9, false)}},
 				Neighbours: []Neighbour{{Link: "wfb0", Addr: lanAddr("10.7.0.9"), MAC: mac(9)}, {Link: "wfb0", Addr: lanAddr("fd07::9"), MAC: mac(9)}, {Link: "wfb1", Addr: lanAddr("10.7.0.9"), MAC: mac(9)}},
+				Shortcuts: []Shortcut{{Tunnel: "wfx1", Link: "wfx1"}, {Tunnel: "wfx1", Link: "wfv1"}, {Tunnel: "wfx1", Link: "wfv1", MAC: mac(1)},
+					{Tunnel: "wfx0", Link: "wfx0", MAC: mac(9)}},
 			}
 			s.Add(before)
 			if spoil.f != nil {

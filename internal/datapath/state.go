@@ -21,8 +21,12 @@ type State struct {
 	Veths      []Veth
 	Forwards   []Forward
 	Neighbours []Neighbour
+	Shortcuts  []Shortcut
 	Elements   []Element
 	Sockets    []Socket
+	// NoShortcuts is only ever set by Owned: the kernel has none, and Minus
+	// does not miss them.
+	NoShortcuts bool
 	// Forward4 and Forward6 ask for IP forwarding in the host's namespace.
 	// Remove never turns it off again: others may rely on it by then.
 	Forward4, Forward6 bool
@@ -118,6 +122,24 @@ type Neighbour struct {
 	Link string
 	Addr netip.Addr
 	MAC  MAC
+}
+
+// Shortcut is a part of the way past the bridge of an overlay network: frames
+// between a container and one on another host, with which the host does nothing
+// but switch them, go straight from the one's link to the other's. Whatever is
+// not led past goes by the bridge, which lacks nothing without it.
+//
+// With the zero MAC it is a hook: what comes in by Link is looked up, if that is
+// Tunnel among the containers of this host, if it is a container's among those
+// of others. With any other it is an entry: frames for it leave by Link, which is
+// Tunnel for a container on another host.
+type Shortcut struct {
+	Tunnel string // the network's VXLAN device
+	Link   string
+	MAC    MAC
+	// Altered is only ever set by Owned: the hook is lacking or does something
+	// else, or the entry leads elsewhere.
+	Altered bool
 }
 
 // Veth is a pair whose host end, Name, is a port of Master. The other end,
@@ -273,6 +295,7 @@ func (s *State) Add(o State) {
 	s.Veths = append(s.Veths, o.Veths...)
 	s.Forwards = append(s.Forwards, o.Forwards...)
 	s.Neighbours = append(s.Neighbours, o.Neighbours...)
+	s.Shortcuts = append(s.Shortcuts, o.Shortcuts...)
 	s.Elements = append(s.Elements, o.Elements...)
 	s.Sockets = append(s.Sockets, o.Sockets...)
 	s.Forward4 = s.Forward4 || o.Forward4
@@ -284,6 +307,9 @@ func (s *State) Add(o State) {
 // kernel cannot show again (the container's end of a veth) are not compared,
 // nor is what would only be left alone (bridges that exist already).
 func (s State) Minus(o State) State {
+	if o.NoShortcuts {
+		s.Shortcuts = nil
+	}
 	return State{
 		Bridges:    minus(s.Bridges, o.Bridges, bridgeKey),
 		VXLANs:     minus(s.VXLANs, o.VXLANs, func(v VXLAN) VXLAN { return v }),
@@ -293,6 +319,7 @@ func (s State) Minus(o State) State {
 		Veths:      minus(s.Veths, o.Veths, vethKey),
 		Forwards:   minus(s.Forwards, o.Forwards, func(f Forward) Forward { return f }),
 		Neighbours: minus(s.Neighbours, o.Neighbours, func(n Neighbour) Neighbour { return n }),
+		Shortcuts:  minus(s.Shortcuts, o.Shortcuts, func(x Shortcut) Shortcut { return x }),
 		Elements:   minus(s.Elements, o.Elements, func(e Element) Element { return e }),
 		Sockets:    minus(s.Sockets, o.Sockets, func(x Socket) Socket { return x }),
 		Forward4:   s.Forward4 && !o.Forward4,
@@ -304,7 +331,7 @@ func (s State) Minus(o State) State {
 // Empty reports whether the State asks for nothing.
 func (s State) Empty() bool {
 	return len(s.Bridges) == 0 && len(s.VXLANs) == 0 && len(s.Parents) == 0 && len(s.Children) == 0 && len(s.Routes) == 0 && len(s.Veths) == 0 &&
-		len(s.Forwards) == 0 && len(s.Neighbours) == 0 && len(s.Elements) == 0 && len(s.Sockets) == 0 &&
+		len(s.Forwards) == 0 && len(s.Neighbours) == 0 && len(s.Shortcuts) == 0 && len(s.Elements) == 0 && len(s.Sockets) == 0 &&
 		!s.Forward4 && !s.Forward6 && !s.Hook
 }
 
@@ -384,6 +411,9 @@ func (s State) String() string {
 		b.WriteString(x.String() + "\n")
 	}
 	for _, x := range s.Neighbours {
+		b.WriteString(x.String() + "\n")
+	}
+	for _, x := range s.Shortcuts {
 		b.WriteString(x.String() + "\n")
 	}
 	lines := make([]string, 0, len(s.Elements))
@@ -481,6 +511,13 @@ func (r Route) String() string {
 		mac = "of " + r.Link
 	}
 	return t + fmt.Sprintf("\nneigh add %s lladdr %s dev %s nud permanent", r.To, mac, r.Link)
+}
+
+func (s Shortcut) String() string {
+	if s.hook() {
+		return fmt.Sprintf("nft add rule netdev weft %s fwd to ether daddr map @%s", s.Link, s.table().name())
+	}
+	return fmt.Sprintf("nft add element netdev weft %s { %s : %s }", s.table().name(), s.MAC, s.Link)
 }
 
 func (v Veth) String() string {
