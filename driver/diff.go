@@ -97,8 +97,12 @@ func (p *pass) compare(have datapath.State, want []wanted) difference {
 	lack.Parents = slices.DeleteFunc(lack.Parents, func(x datapath.Parent) bool { return x.Existing })
 	// One that is not on the host is in its container.
 	lack.Children = slices.DeleteFunc(lack.Children, func(c datapath.Child) bool { return !c.Stays })
-	// A device that is made again comes without its entries.
+	// A device that is made again comes without its entries, and has another
+	// number, which shortcuts lead to.
 	for _, v := range lack.VXLANs {
+		if !have.NoShortcuts {
+			lack.Shortcuts = append(lack.Shortcuts, filter(all.Shortcuts, func(s datapath.Shortcut) bool { return s.Tunnel == v.Name })...)
+		}
 		lack.Forwards = append(lack.Forwards, filter(all.Forwards, func(f datapath.Forward) bool { return f.Link == v.Name })...)
 	}
 	var x difference
@@ -129,6 +133,7 @@ type index struct {
 	routes                                    map[datapath.Route]bool
 	forwards                                  map[datapath.Forward]bool
 	neighbours                                map[datapath.Neighbour]bool
+	shortcuts                                 map[datapath.Shortcut]bool
 	elements                                  map[datapath.Element]bool
 	sockets                                   map[datapath.Socket]bool
 	forward4, forward6, hook                  bool
@@ -138,7 +143,8 @@ func indexOf(s datapath.State) index {
 	x := index{
 		bridges: make(map[string]bool, len(s.Bridges)), vxlans: map[string]bool{}, parents: map[string]bool{}, children: map[string]bool{}, routes: map[datapath.Route]bool{}, veths: make(map[string]bool, len(s.Veths)),
 		forwards: make(map[datapath.Forward]bool, len(s.Forwards)), neighbours: make(map[datapath.Neighbour]bool, len(s.Neighbours)),
-		elements: make(map[datapath.Element]bool, len(s.Elements)), sockets: make(map[datapath.Socket]bool, len(s.Sockets)),
+		shortcuts: make(map[datapath.Shortcut]bool, len(s.Shortcuts)),
+		elements:  make(map[datapath.Element]bool, len(s.Elements)), sockets: make(map[datapath.Socket]bool, len(s.Sockets)),
 		forward4: s.Forward4, forward6: s.Forward6, hook: s.Hook,
 	}
 	for _, b := range s.Bridges {
@@ -164,6 +170,9 @@ func indexOf(s datapath.State) index {
 	}
 	for _, n := range s.Neighbours {
 		x.neighbours[n.Key()] = true
+	}
+	for _, c := range s.Shortcuts {
+		x.shortcuts[c.Key()] = true
 	}
 	for _, e := range s.Elements {
 		x.elements[elementKey(e)] = true
@@ -202,6 +211,7 @@ func (x index) within(s datapath.State) datapath.State {
 		Veths:      filter(s.Veths, func(v datapath.Veth) bool { return x.veths[v.Name] }),
 		Forwards:   filter(s.Forwards, func(f datapath.Forward) bool { return x.forwards[f.Key()] }),
 		Neighbours: filter(s.Neighbours, func(n datapath.Neighbour) bool { return x.neighbours[n.Key()] }),
+		Shortcuts:  filter(s.Shortcuts, func(c datapath.Shortcut) bool { return x.shortcuts[c.Key()] }),
 		Elements:   filter(s.Elements, func(e datapath.Element) bool { return x.elements[elementKey(e)] }),
 		Sockets:    filter(s.Sockets, func(k datapath.Socket) bool { return x.sockets[socketKey(k)] }),
 		Forward4:   s.Forward4 && x.forward4,
@@ -224,6 +234,7 @@ func without(s, other datapath.State) datapath.State {
 		Veths:      filter(s.Veths, func(v datapath.Veth) bool { return !x.veths[v.Name] }),
 		Forwards:   filter(s.Forwards, func(f datapath.Forward) bool { return !x.forwards[f.Key()] }),
 		Neighbours: filter(s.Neighbours, func(n datapath.Neighbour) bool { return !x.neighbours[n.Key()] }),
+		Shortcuts:  filter(s.Shortcuts, func(c datapath.Shortcut) bool { return !x.shortcuts[c.Key()] }),
 		Elements:   filter(s.Elements, func(e datapath.Element) bool { return !x.elements[elementKey(e)] }),
 		Sockets:    filter(s.Sockets, func(k datapath.Socket) bool { return !x.sockets[socketKey(k)] }),
 		Hook:       s.Hook && !x.hook,

@@ -19,6 +19,7 @@ func tunnelState() datapath.State {
 			{Link: "wfx0", MAC: m, VTEP: vtep},
 		},
 		Neighbours: []datapath.Neighbour{{Link: "wfb0", Addr: netip.MustParseAddr("10.7.0.2"), MAC: m}},
+		Shortcuts:  []datapath.Shortcut{{Tunnel: "wfx0", Link: "wfx0"}, {Tunnel: "wfx0", Link: "wfx0", MAC: m}},
 	}
 }
 
@@ -32,15 +33,21 @@ func TestCompareTunnels(t *testing.T) {
 		missing, stray datapath.State
 	}{
 		"nothing":           {damage: func(*datapath.State) {}},
-		"device gone":       {func(h *datapath.State) { h.VXLANs, h.Forwards = nil, nil }, datapath.State{VXLANs: s.VXLANs, Forwards: s.Forwards}, datapath.State{}},
-		"device otherwise":  {func(h *datapath.State) { h.VXLANs[0].Local = other }, datapath.State{VXLANs: s.VXLANs, Forwards: s.Forwards}, datapath.State{}},
+		"device gone":       {func(h *datapath.State) { h.VXLANs, h.Forwards = nil, nil }, datapath.State{VXLANs: s.VXLANs, Forwards: s.Forwards, Shortcuts: s.Shortcuts}, datapath.State{}},
+		"device otherwise":  {func(h *datapath.State) { h.VXLANs[0].Local = other }, datapath.State{VXLANs: s.VXLANs, Forwards: s.Forwards, Shortcuts: s.Shortcuts}, datapath.State{}},
 		"entry gone":        {func(h *datapath.State) { h.Forwards = h.Forwards[:1] }, datapath.State{Forwards: s.Forwards[1:]}, datapath.State{}},
 		"half an entry":     {func(h *datapath.State) { h.Forwards[1].Altered = true }, datapath.State{Forwards: s.Forwards[1:]}, datapath.State{}},
 		"entry elsewhere":   {func(h *datapath.State) { h.Forwards[1].VTEP = other }, datapath.State{Forwards: s.Forwards[1:]}, datapath.State{}},
 		"flood elsewhere":   {func(h *datapath.State) { h.Forwards[0].VTEP = other }, datapath.State{Forwards: s.Forwards[:1]}, datapath.State{Forwards: []datapath.Forward{{Link: "wfx0", VTEP: other}}}},
 		"neighbour's MAC":   {func(h *datapath.State) { h.Neighbours[0].MAC[5]++ }, datapath.State{Neighbours: s.Neighbours}, datapath.State{}},
 		"neighbour unknown": {func(h *datapath.State) { h.Neighbours[0].Addr = other }, datapath.State{Neighbours: s.Neighbours}, datapath.State{Neighbours: []datapath.Neighbour{{Link: "wfb0", Addr: other, MAC: s.Neighbours[0].MAC}}}},
-		"another device":    {func(h *datapath.State) { h.VXLANs = append(h.VXLANs, datapath.VXLAN{Name: "wfx1"}) }, datapath.State{}, datapath.State{VXLANs: []datapath.VXLAN{{Name: "wfx1"}}}},
+		"no shortcut":       {func(h *datapath.State) { h.Shortcuts = h.Shortcuts[:1] }, datapath.State{Shortcuts: s.Shortcuts[1:]}, datapath.State{}},
+		"hook spoiled":      {func(h *datapath.State) { h.Shortcuts[0].Altered = true }, datapath.State{Shortcuts: s.Shortcuts[:1]}, datapath.State{}},
+		"shortcut unknown": {func(h *datapath.State) {
+			h.Shortcuts = append(h.Shortcuts, datapath.Shortcut{Tunnel: "wfx0", MAC: s.Shortcuts[1].MAC})
+		}, datapath.State{}, datapath.State{Shortcuts: []datapath.Shortcut{{Tunnel: "wfx0", MAC: s.Shortcuts[1].MAC}}}},
+		"none to be had": {func(h *datapath.State) { h.Shortcuts, h.NoShortcuts, h.VXLANs = nil, true, nil }, datapath.State{VXLANs: s.VXLANs, Forwards: s.Forwards}, datapath.State{}},
+		"another device": {func(h *datapath.State) { h.VXLANs = append(h.VXLANs, datapath.VXLAN{Name: "wfx1"}) }, datapath.State{}, datapath.State{VXLANs: []datapath.VXLAN{{Name: "wfx1"}}}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			have := tunnelState()

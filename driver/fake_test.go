@@ -90,6 +90,7 @@ type fakeKernel struct {
 	vxlans     map[string]datapath.VXLAN
 	forwards   map[datapath.Forward]datapath.Forward
 	neighbours map[datapath.Neighbour]datapath.Neighbour
+	shortcuts  map[datapath.Shortcut]datapath.Shortcut
 	veths      map[string]datapath.Veth
 	home       map[string]bool // veths whose peer is in the host's namespace
 	parents    map[string]datapath.Parent
@@ -113,7 +114,7 @@ type fakeKernel struct {
 func newFakeKernel(f *faults) *fakeKernel {
 	return &fakeKernel{
 		faults: f, bridges: map[string]datapath.Bridge{}, vxlans: map[string]datapath.VXLAN{},
-		forwards: map[datapath.Forward]datapath.Forward{}, neighbours: map[datapath.Neighbour]datapath.Neighbour{}, veths: map[string]datapath.Veth{}, home: map[string]bool{},
+		forwards: map[datapath.Forward]datapath.Forward{}, neighbours: map[datapath.Neighbour]datapath.Neighbour{}, shortcuts: map[datapath.Shortcut]datapath.Shortcut{}, veths: map[string]datapath.Veth{}, home: map[string]bool{},
 		parents: map[string]datapath.Parent{}, children: map[string]datapath.Child{}, inside: map[string]datapath.Child{},
 		routes: map[datapath.Route]datapath.Route{}, elements: map[datapath.Element]datapath.Element{}, sockets: map[datapath.Socket]datapath.Socket{},
 		foreign: map[string]bool{}, taken: map[netip.AddrPort]bool{}, made: map[string]int{},
@@ -194,6 +195,12 @@ func (k *fakeKernel) ensure(s datapath.State, made *datapath.State) (lines []str
 		if k.neighbours[n.Key()] != n {
 			k.neighbours[n.Key()] = n
 			say(n)
+		}
+	}
+	for _, c := range s.Shortcuts {
+		if k.shortcuts[c.Key()] != c {
+			k.shortcuts[c.Key()] = c
+			say(c)
 		}
 	}
 	for _, v := range s.Veths {
@@ -356,6 +363,9 @@ func (k *fakeKernel) remove(s datapath.State) {
 	for _, n := range s.Neighbours {
 		delete(k.neighbours, n.Key())
 	}
+	for _, c := range s.Shortcuts {
+		delete(k.shortcuts, c.Key())
+	}
 	for _, v := range s.VXLANs {
 		delete(k.vxlans, v.Name)
 		maps.DeleteFunc(k.forwards, func(_, f datapath.Forward) bool { return f.Link == v.Name })
@@ -406,6 +416,9 @@ func (k *fakeKernel) owned() datapath.State {
 	for _, n := range k.neighbours {
 		s.Neighbours = append(s.Neighbours, n)
 	}
+	for _, c := range k.shortcuts {
+		s.Shortcuts = append(s.Shortcuts, c)
+	}
 	for _, v := range k.veths {
 		if !k.home[v.Name] {
 			v.Peer = ""
@@ -434,6 +447,7 @@ func (k *fakeKernel) owned() datapath.State {
 	slices.SortFunc(s.VXLANs, func(a, b datapath.VXLAN) int { return compareText(a, b) })
 	slices.SortFunc(s.Forwards, func(a, b datapath.Forward) int { return compareText(a, b) })
 	slices.SortFunc(s.Neighbours, func(a, b datapath.Neighbour) int { return compareText(a, b) })
+	slices.SortFunc(s.Shortcuts, func(a, b datapath.Shortcut) int { return compareText(a, b) })
 	slices.SortFunc(s.Parents, func(a, b datapath.Parent) int { return compareText(a, b) })
 	slices.SortFunc(s.Children, func(a, b datapath.Child) int { return compareText(a, b) })
 	slices.SortFunc(s.Routes, func(a, b datapath.Route) int { return compareText(a, b) })
@@ -494,6 +508,7 @@ func (k *fakeKernel) reboot() {
 	clear(k.vxlans)
 	clear(k.forwards)
 	clear(k.neighbours)
+	clear(k.shortcuts)
 	clear(k.veths)
 	clear(k.home)
 	clear(k.parents)

@@ -43,12 +43,26 @@ func (b Backend) Network(n driver.Network) datapath.State {
 		Name: tunnel(br.Name), Master: br.Name, VNI: n.VNI, Port: n.Port, Local: n.Underlay, MTU: n.MTU,
 		MAC: hashMAC(fmt.Sprintf("tunnel of VNI %d at %s", n.VNI, n.Underlay)),
 	}}
+	if switched(n) {
+		s.Shortcuts = []datapath.Shortcut{{Tunnel: s.VXLANs[0].Name, Link: s.VXLANs[0].Name}}
+	}
 	return s
+}
+
+// switched reports whether the host passes all frames on as they are: it is no
+// gateway, and keeps none of the containers apart.
+func switched(n driver.Network) bool {
+	return n.Options.Egress != driver.EgressDriver && n.Options.ICC
 }
 
 // Endpoint implements driver.Backend.
 func (b Backend) Endpoint(n driver.Network, e driver.Endpoint) datapath.State {
-	return b.bridge.Endpoint(n, e)
+	s := b.bridge.Endpoint(n, e)
+	if v := s.Veths[0]; switched(n) && v.PeerMAC != (datapath.MAC{}) {
+		vx := tunnel(v.Master)
+		s.Shortcuts = []datapath.Shortcut{{Tunnel: vx, Link: v.Name}, {Tunnel: vx, Link: v.Name, MAC: v.PeerMAC}}
+	}
+	return s
 }
 
 // Attach implements driver.Backend.
@@ -66,6 +80,9 @@ func (b Backend) remote(n driver.Network, v View) datapath.State {
 	}
 	for mac, vtep := range v.Forwards {
 		s.Forwards = append(s.Forwards, datapath.Forward{Link: vx, MAC: mac, VTEP: vtep})
+		if switched(n) {
+			s.Shortcuts = append(s.Shortcuts, datapath.Shortcut{Tunnel: vx, Link: vx, MAC: mac})
+		}
 	}
 	for a, mac := range v.Neighbours {
 		s.Neighbours = append(s.Neighbours, datapath.Neighbour{Link: br, Addr: a, MAC: mac})
