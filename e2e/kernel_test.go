@@ -172,6 +172,11 @@ func (e *engine) remains(tb testing.TB) []string {
 		}
 	}
 	left = append(left, e.elements(tb)...)
+	for l := range strings.Lines(e.net(tb, "nft", "list", "tables", "netdev")) {
+		if strings.Contains(l, "weft") {
+			left = append(left, strings.TrimSpace(l))
+		}
+	}
 	for _, program := range []string{"iptables", "ip6tables"} {
 		var rules []string
 		for _, table := range []string{"filter", "nat", "mangle", "raw"} {
