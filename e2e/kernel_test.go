@@ -201,7 +201,7 @@ func (e *engine) remains(tb testing.TB) []string {
 		left = append(left, fmt.Sprintf("record of endpoint %s, %s", x.ID, x.State))
 	}
 	for _, p := range s.Pools {
-		left = append(left, fmt.Sprintf("pool %+v", p))
+		left = append(left, "pool "+p.ID)
 	}
 	if s.Drift.Error != "" {
 		left = append(left, "drift: "+s.Drift.Error)

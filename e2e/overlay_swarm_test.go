@@ -152,7 +152,7 @@ func TestOverlaySwarmLeader(t *testing.T) {
 	// that one is told nothing, and its IPAM keeps the pool.
 	eventually(t, 40*time.Second, "the old leader is clean", func() error {
 		left := slices.DeleteFunc(first.remains(t), func(l string) bool {
-			return strings.HasPrefix(l, "pool ") && strings.Contains(l, `"weft-global"`)
+			return strings.HasPrefix(l, "pool weft-global,")
 		})
 		if len(left) > 0 {
 			return errors.New(strings.Join(left, "\n"))
