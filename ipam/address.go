@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"time"
 
 	"github.com/weftnet/weft/internal/store"
 )
@@ -18,7 +19,8 @@ type addressRequest struct {
 	id   poolID
 	want netip.Addr // zero: choose one
 	kind kind
-	name string // what the address is to be kept for; "" for nothing
+	name string     // what the address is to be kept for; "" for nothing
+	had  netip.Addr // what was kept for the name until now
 }
 
 func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Prefix, error) {
@@ -82,7 +84,10 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 			}
 			return leased, r.want.IsValid(), err
 		}
-		if !p.shared() && r.kind != kindGateway {
+		if r.kind != kindGateway {
+			if err := i.look(ctx, p, r.name); err != nil {
+				return netip.Prefix{}, false, err
+			}
 			if reserved, err = i.call(ctx, p, &r); err != nil {
 				return netip.Prefix{}, false, err
 			}
@@ -100,8 +105,8 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 			a, err = i.choose(ctx, p, r)
 		}
 		if err == nil {
-			if !p.shared() && !again {
-				i.bind(ctx, p, a, r.name)
+			if !again {
+				i.bind(ctx, p, a, r)
 			}
 			return p.with(a), reserved, nil
 		}
@@ -313,8 +318,15 @@ func (p *pool) gateway() netip.Addr {
 // write writes the record of an address that is marked as taken and busy, and
 // ends its being busy. doubtful: there may be a record from a write before.
 func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressRequest, doubtful bool) error {
-	k := r.kind
-	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k, r.name)
+	k, name := r.kind, r.name
+	if p.shared() {
+		p.mu.Lock()
+		if !p.binds(name, a) {
+			name = ""
+		}
+		p.mu.Unlock()
+	}
+	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k, name)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	b := p.busy[a]
@@ -353,14 +365,14 @@ func (p *pool) settled(a netip.Addr, k kind, rev uint64, err error) {
 	var held *heldError
 	switch {
 	case errors.As(err, &held):
-		p.take(a, held.heldClaim)
+		p.mark(a, held.heldClaim)
 	case err != nil:
 		p.take(a, heldClaim{}) // whose, Follow will tell
 	case k == kindGateway:
 		p.take(a, heldClaim{claim{Kind: k}, rev})
 	default:
 		delete(p.others, a)
-		p.mine[a] = rev
+		p.mine[a] = ownClaim{rev, time.Now()}
 	}
 }
 

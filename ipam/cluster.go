@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -20,7 +21,7 @@ import (
 // there, which it writes on its own disk.
 //
 //	space/NAME/pools               a table: the pools of a space and who has them
-//	space/NAME/addr/POOL/ADDRESS   a claim: who has an address
+//	space/NAME/addr/POOL/ADDRESS   a claim: who has an address, or which name keeps it
 const (
 	spaceKeys = "space/"
 	owedKeys  = "ipam/release/"
@@ -51,6 +52,9 @@ type tablePool struct {
 	Gateway netip.Addr        `json:",omitzero"` // once given, for as long as there is the pool
 	By      string            `json:",omitempty"`
 	Hosts   map[string]member // by host ID
+	// Options and Reserved are those of all hosts, see poolRecord.
+	Options  map[string]string `json:",omitempty"`
+	Reserved map[string]string `json:",omitempty"`
 }
 
 // member is one host's reference to a pool.
@@ -60,12 +64,17 @@ type member struct {
 	Nonce   string       // of the write
 }
 
+// claim is who has an address. Owner is the name of the container, where the
+// address is to be kept for it. When such a container is gone the claim stays
+// as one that no host has, of kindKept, with the time of that.
 type claim struct {
 	Version    int
 	Kind       kind
 	Host, Name string
+	Owner      string `json:",omitempty"`
 	Nonce      string
 	Created    time.Time
+	Released   time.Time `json:",omitzero"`
 }
 
 // heldClaim is a claim as it is in the store.
@@ -74,12 +83,21 @@ type heldClaim struct {
 	rev uint64
 }
 
+// ownClaim is what a host remembers of a claim that it wrote.
+type ownClaim struct {
+	rev   uint64
+	since time.Time
+}
+
 // heldError is the refusal of an address that another host has.
 type heldError struct{ heldClaim }
 
 func (e *heldError) Error() string {
 	if e.Kind == kindGateway {
 		return "is the gateway"
+	}
+	if e.Kind == kindKept {
+		return "is kept for " + e.Owner
 	}
 	return "is held by host " + cmp.Or(e.Name, e.Host)
 }
@@ -157,6 +175,7 @@ func (s *shared) putPool(ctx context.Context, p *pool) error {
 		return err
 	}
 	m := member{Name: s.name, SubPool: p.sub, Nonce: rand.Text()}
+	given, added := p.opts.raw, reservedTexts(p.added)
 	err := s.change(ctx, p.poolKey, func(t *table) (bool, error) {
 		for prefix, o := range t.Pools {
 			if prefix != p.prefix && prefix.Overlaps(p.prefix) {
@@ -164,9 +183,11 @@ func (s *shared) putPool(ctx context.Context, p *pool) error {
 					p.prefix, prefix, o.names(), p.spaceName())
 			}
 		}
-		have, ok := t.at(p.prefix).Hosts[s.host]
-		t.Pools[p.prefix].Hosts[s.host] = m
-		return !ok || have.Name != m.Name || have.SubPool != m.SubPool, nil
+		tp := t.at(p.prefix)
+		have, ok := tp.Hosts[s.host]
+		changed, err := tp.agree(p, given, added, ok)
+		tp.Hosts[s.host] = m
+		return changed || !ok || have.Name != m.Name || have.SubPool != m.SubPool, err
 	})
 	if errors.Is(err, store.ErrUncertain) {
 		s.doubts(m.Nonce)
@@ -184,9 +205,49 @@ func (t *table) at(prefix netip.Prefix) *tablePool {
 	return t.Pools[prefix]
 }
 
-func (p *tablePool) names() string {
+// agree has a host's pool and the table's be alike in their options and in what
+// is reserved, and reports whether the table has changed. given and added are what
+// the host would have. member: it has the pool already.
+func (t *tablePool) agree(p *pool, given, added map[string]string, member bool) (changed bool, err error) {
+	switch {
+	case len(t.Hosts) == 0:
+		t.Options, t.Reserved, changed = given, added, true
+	case given == nil || maps.Equal(given, t.Options):
+	case member && len(t.Hosts) == 1:
+		t.Options, changed = given, true
+	default:
+		return false, fmt.Errorf("subnet %s in space %s: host %s has it with %s, and here it is to have %s: give the same --ipam-opt on every host, or only on the first",
+			p.prefix, p.spaceName(), t.names(), optionsText(t.Options), optionsText(given))
+	}
+	return changed, p.adopt(t)
+}
+
+func optionsText(o map[string]string) string {
+	var all []string
+	for _, k := range slices.Sorted(maps.Keys(o)) {
+		all = append(all, k+"="+o[k])
+	}
+	return cmp.Or(strings.Join(all, ", "), "no options")
+}
+
+// adopt takes over what the hosts have agreed on; p.mu is held, or nobody else
+// knows p.
+func (p *pool) adopt(t *tablePool) error {
+	o, err := parseOptions(t.Options, p.prefix)
+	if err != nil {
+		return err
+	}
+	added, err := parseReserved(t.Reserved, p.prefix)
+	if err != nil {
+		return err
+	}
+	p.opts, p.added = o, added
+	return nil
+}
+
+func (t *tablePool) names() string {
 	var names []string
-	for id, m := range p.Hosts {
+	for id, m := range t.Hosts {
 		names = append(names, cmp.Or(m.Name, id))
 	}
 	slices.Sort(names)
@@ -246,7 +307,7 @@ func (s *shared) leave(ctx context.Context, k poolKey) error {
 }
 
 // putAddress implements home. A gateway is that of all hosts.
-func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, _ string) (uint64, error) {
+func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, owner string) (uint64, error) {
 	if s.claims == nil {
 		return 0, errNoCluster
 	}
@@ -255,7 +316,7 @@ func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kin
 	if err := s.forget(ctx, key); err != nil {
 		return 0, err
 	}
-	rev, err := s.claim(ctx, key, as, takeOver)
+	rev, err := s.claim(ctx, key, as, owner, takeOver)
 	if err != nil || as != kindGateway {
 		return rev, err
 	}
@@ -281,16 +342,21 @@ func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kin
 
 // claim writes the record of an address, and goes on until the outcome is
 // clear: the same record is written again until it is there or another one is.
-func (s *shared) claim(ctx context.Context, key string, as kind, takeOver bool) (uint64, error) {
-	c := claim{Version: recordVersion, Kind: as, Host: s.host, Name: s.name, Nonce: rand.Text(), Created: time.Now().UTC()}
+func (s *shared) claim(ctx context.Context, key string, as kind, owner string, takeOver bool) (uint64, error) {
+	c := claim{Version: recordVersion, Kind: as, Host: s.host, Name: s.name, Owner: owner, Nonce: rand.Text(), Created: time.Now().UTC()}
 	v, err := json.Marshal(c)
 	if err != nil {
 		return 0, err
 	}
 	unsure, replace := false, uint64(0)
+	look := as == kindNamed // there is one that the name keeps, most likely
 	for {
-		r, err := s.Put(ctx, store.Record{Key: key, Value: v, Rev: replace})
-		if err == nil {
+		var r store.Record
+		err = store.ErrExists
+		if !look {
+			r, err = s.Put(ctx, store.Record{Key: key, Value: v, Rev: replace})
+		}
+		if look = false; err == nil {
 			return r.Rev, nil
 		}
 		if errors.Is(err, store.ErrExists) && as == kindAuto && !unsure && !takeOver {
@@ -302,8 +368,10 @@ func (s *shared) claim(ctx context.Context, key string, as kind, takeOver bool) 
 			if have, err = s.Get(ctx, key); err == nil {
 				h := decodeClaim(have)
 				switch {
-				case h.Nonce == c.Nonce, h.Host == s.host && (takeOver || s.doubted(h.Nonce)):
+				case h.Nonce == c.Nonce, s.mayHave(h, takeOver) && h.Owner == owner:
 					return h.rev, nil
+				case s.mayHave(h, takeOver), h.Kind == kindKept && as != kindAuto:
+					replace = h.rev
 				case as == kindGateway && h.Kind == kindGateway:
 					// Of a host that is just giving it up, or making it, too.
 					// Written again it is not deleted by that one.
@@ -326,6 +394,12 @@ func (s *shared) claim(ctx context.Context, key string, as kind, takeOver bool) 
 		}
 		return 0, err
 	}
+}
+
+// mayHave reports whether a claim is one that this host wrote and gave up, or
+// was about to delete.
+func (s *shared) mayHave(h heldClaim, takeOver bool) bool {
+	return h.Host == s.host && (takeOver || s.doubted(h.Nonce))
 }
 
 // dropAddress implements home. It deletes a record of this host only, and
@@ -364,10 +438,63 @@ func (s *shared) unclaim(ctx context.Context, key string) error {
 		if err != nil {
 			return err
 		}
-		if c := decodeClaim(r); c.Host != s.host || c.Kind == kindGateway {
+		c := decodeClaim(r)
+		if c.Host != s.host || c.Kind == kindGateway {
 			return nil
 		}
-		if err := s.Remove(ctx, r); !errors.Is(err, store.ErrConflict) {
+		kept := c.claim
+		kept.Kind, kept.Host, kept.Name, kept.Nonce, kept.Released = kindKept, "", "", "", time.Now().UTC()
+		if c.Owner == "" {
+			err = s.Remove(ctx, r)
+		} else {
+			err = s.rewrite(ctx, r, kept)
+		}
+		if !errors.Is(err, store.ErrConflict) {
+			return err
+		}
+	}
+}
+
+// rewrite replaces a claim as it was read. One that has changed since, or is
+// gone, is a conflict.
+func (s *shared) rewrite(ctx context.Context, r store.Record, c claim) error {
+	var err error
+	if r.Value, err = json.Marshal(c); err != nil {
+		return err
+	}
+	if _, err = s.Put(ctx, r); errors.Is(err, store.ErrNotFound) {
+		return store.ErrConflict
+	}
+	return err
+}
+
+// disown takes a name off the claim to the address that it keeps, and deletes
+// the claim if that was all.
+func (s *shared) disown(ctx context.Context, k poolKey, b binding) error {
+	if s.claims == nil {
+		return errNoCluster
+	}
+	for {
+		r, err := s.Get(ctx, k.claim(b.Address))
+		if errors.Is(err, store.ErrNotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		c := decodeClaim(r)
+		switch {
+		case c.Owner != b.name:
+			return nil
+		case c.Kind == kindKept && !b.Released.IsZero() && c.Released.After(b.Released):
+			return nil // for a container that was there since
+		case c.Kind == kindKept:
+			err = s.Remove(ctx, r)
+		default:
+			c.Owner = ""
+			err = s.rewrite(ctx, r, c.claim)
+		}
+		if !errors.Is(err, store.ErrConflict) {
 			return err
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/netip"
 	"path/filepath"
@@ -261,10 +262,6 @@ func TestDeadHost(t *testing.T) {
 	}
 	soon(t, "that it is free", func() bool { return all[0].Status(t.Context()).Pools[0].UsedByAll == 0 })
 	expect(t, all, `alpha: addr BLUE 10.44.0.9 -> 10.44.0.9/16`)
-	o.Do, o.Name = "reserve", "web"
-	if _, err := all[0].Carry(t.Context(), o); err == nil || !strings.Contains(err.Error(), "shared by hosts") {
-		t.Error(err)
-	}
 }
 
 // TestSharedConcurrent: no address is given to two, whoever asks where.
@@ -754,7 +751,8 @@ func TestClusterLosesData(t *testing.T) {
 		alpha: pool local 10.44.0.0/16 space=blue -> BLUE
 		alpha: gw BLUE -> 10.44.0.1/16
 		alpha: addr BLUE -> 10.44.0.2/16
-		alpha: addr BLUE 10.44.0.9 -> 10.44.0.9/16`)
+		alpha: addr BLUE 10.44.0.9 for db -> 10.44.0.9/16
+		alpha: reserve blue 10.44.0.8 web -> address 10.44.0.8…`)
 	before := inEtcd(t, all[0].shared)
 	if _, err := c.Client().Delete(t.Context(), "/weft/v1/space/blue/addr/10.44.0.0/16/10.44.0.9"); err != nil {
 		t.Fatal(err)
@@ -764,6 +762,11 @@ func TestClusterLosesData(t *testing.T) {
 	}
 	soon(t, "all is there again", func() bool { return cmp.Diff(before, inEtcd(t, all[0].shared)) == "" })
 	expect(t, all, `
+		beta: pool local 10.44.0.0/16 space=blue -> BLUE
+		alpha: free BLUE 10.44.0.9 -> ok`)
+	all[1].knowsNames("db 10.44.0.9 -, web 10.44.0.8 -") // all of it
+	expect(t, all, `
+		beta: unpool BLUE -> ok
 		alpha: unpool BLUE -> ok`)
 	if left := inEtcd(t, all[0].shared); len(left) > 0 {
 		t.Errorf("left in etcd: %v", left)
@@ -793,6 +796,8 @@ func TestSharedModel(t *testing.T) {
 			all, shakes = append(all, h), append(shakes, s)
 		}
 		owner := map[netip.Addr]int{}
+		bound := map[string]netip.Addr{} // as far as that is certain
+		doubtful := map[string]bool{"": true}
 		clear := true // nothing was stranded by a crash
 		host := rapid.IntRange(0, 2)
 		address := rapid.Custom(func(r *rapid.T) netip.Addr {
@@ -809,7 +814,29 @@ func TestSharedModel(t *testing.T) {
 			if want.IsValid() {
 				k = kindExplicit
 			}
-			a, err := all[n].requestAddress(t.Context(), addressRequest{id: id, want: want, kind: k})
+			name := rapid.SampledFrom([]string{"", "a", "b", "c"}).Draw(r, "name")
+			kept := bound[name]
+			if kept.IsValid() { // a host that has not heard of it yet gives another one
+				soon(t, all[n].name+" knows of "+name, func() bool {
+					p := all[n].pool(id.poolKey)
+					if p == nil {
+						return false // it was restarted just now
+					}
+					p.mu.Lock()
+					defer p.mu.Unlock()
+					return p.byName[name] != nil && p.byName[name].Address == kept
+				})
+			}
+			_, second := owner[kept]
+			a, err := all[n].requestAddress(t.Context(), addressRequest{id: id, want: want, kind: k, name: name})
+			if err != nil && crash != "" { // it may have been carried out, and be undone later
+				doubtful[name] = true
+				delete(bound, name)
+				maps.DeleteFunc(bound, func(_ string, b netip.Addr) bool {
+					_, held := owner[b]
+					return !held && (b == want || !want.IsValid() && len(owner)+len(bound) > 10)
+				})
+			}
 			if s.died() {
 				clear = false
 				s.calm()
@@ -824,7 +851,14 @@ func TestSharedModel(t *testing.T) {
 				if by, ok := owner[a.Addr()]; ok {
 					r.Fatalf("%s given to %d, which %d has", a, n, by)
 				}
+				if kept.IsValid() && !second && !want.IsValid() && clear && a.Addr() != kept {
+					r.Fatalf("%s on %d: %s, and %s is kept for it", name, n, a, kept)
+				}
 				owner[a.Addr()] = n
+				maps.DeleteFunc(bound, func(_ string, b netip.Addr) bool { return b == a.Addr() })
+				if !doubtful[name] && !second {
+					bound[name] = a.Addr()
+				}
 			case clear && want.IsValid() && !taken, clear && !want.IsValid() && len(owner) < 14:
 				r.Fatalf("%v on %d: refused: %v", want, n, err)
 			}
@@ -848,13 +882,24 @@ func TestSharedModel(t *testing.T) {
 					r.Fatal(err)
 				}
 				_, held, _ := readSpaces(list)
+				used := 0
+				for _, h := range held[id.poolKey] {
+					if h.Kind != kindKept {
+						used++
+					}
+				}
 				for a, n := range owner {
 					if got := held[id.poolKey][a].Name; got != all[n].name {
 						r.Fatalf("%s is that of %s in etcd, not of %s", a, got, all[n].name)
 					}
 				}
-				if clear && len(held[id.poolKey]) != len(owner) {
-					r.Fatalf("%d records for %d addresses", len(held[id.poolKey]), len(owner))
+				if clear && used != len(owner) {
+					r.Fatalf("%d records for %d addresses", used, len(owner))
+				}
+				for name, a := range bound {
+					if got := held[id.poolKey][a].Owner; got != name {
+						r.Fatalf("%s is kept for %q in etcd, not for %s", a, got, name)
+					}
 				}
 			},
 		})

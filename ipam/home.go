@@ -55,13 +55,7 @@ func (d disk) putPool(ctx context.Context, p *pool) error {
 	if err := d.findRev(ctx, p); err != nil {
 		return err
 	}
-	rec := poolRecord{Version: recordVersion, SubPool: p.sub, Options: p.opts.raw, Created: time.Now().UTC()}
-	for name, r := range p.added {
-		if rec.Reserved == nil {
-			rec.Reserved = map[string]string{}
-		}
-		rec.Reserved[name] = r.String()
-	}
+	rec := poolRecord{Version: recordVersion, SubPool: p.sub, Options: p.opts.raw, Reserved: reservedTexts(p.added), Created: time.Now().UTC()}
 	v, err := json.Marshal(rec)
 	if err != nil {
 		return err

@@ -135,9 +135,9 @@ type pool struct {
 	// unconfirmed: this host's swarm allocator has not named the pool since it
 	// began. Then and later, stale has the addresses that it has not named.
 	unconfirmed bool
-	// In a shared space: mine has the addresses of this host with the revision
-	// that it wrote, others all else that is taken, gateways included.
-	mine      map[netip.Addr]uint64
+	// In a shared space: mine has the addresses of this host as it wrote them,
+	// others all else that is taken, gateways included.
+	mine      map[netip.Addr]ownClaim
 	others    map[netip.Addr]heldClaim
 	releasing bool // ReleasePool came
 	closed    bool // no address is handed out any more; the pool will go
@@ -149,7 +149,7 @@ func newPool(id poolID) *pool {
 		byName: map[string]*binding{}, byAddr: map[netip.Addr]*binding{}, added: map[string]reservation{},
 		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{}, leased: map[netip.Addr]*leased{}, keys: map[string]bool{},
 		asks: make(chan struct{}, extendAtOnce),
-		mine: map[netip.Addr]uint64{}, others: map[netip.Addr]heldClaim{},
+		mine: map[netip.Addr]ownClaim{}, others: map[netip.Addr]heldClaim{},
 	}
 }
 
@@ -168,6 +168,7 @@ const (
 	kindAuto     kind = "auto"     // chosen by us
 	kindExplicit kind = "explicit" // --ip, --aux-address, or the engine repeating itself
 	kindNamed    kind = "named"    // what a name has a right to
+	kindKept     kind = "kept"     // nobody's: in a shared space, for a name
 )
 
 // New returns an IPAM without pools; Load reads them.
@@ -370,6 +371,9 @@ func (i *IPAM) addPool(ctx context.Context, id poolID, o poolOptions) error {
 	i.pools[id.poolKey] = p
 	i.mu.Unlock()
 	if err == nil && id.shared() {
+		p.mu.Lock()
+		p.reserve() // what the other hosts have reserved, too
+		p.mu.Unlock()
 		i.fill(ctx, p)
 	}
 	return err

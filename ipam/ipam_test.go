@@ -114,8 +114,9 @@ func (h *house) hold(p, id string) {
 // do runs one line as an operator would write it down, and returns the answer
 // or the error as text:
 //
-//	pool [global|local] [PREFIX|4|6] [sub PREFIX] [space=NAME]
-//	unpool ID | addr ID [ADDRESS] | gw ID [ADDRESS] | free ID ADDRESS
+//	pool [global|local] [PREFIX|4|6] [sub PREFIX] [OPTION=VALUE...]
+//	unpool ID | addr ID [ADDRESS] [for NAME] | gw ID [ADDRESS] | free ID ADDRESS
+//	release|forget|reserve SPACE [ADDRESS] [NAME]
 func (h *house) do(line string) string {
 	h.tb.Helper()
 	f := strings.Fields(line)
@@ -135,8 +136,13 @@ func (h *house) do(line string) string {
 		if arg(3) == "sub" {
 			req.SubPool = f[4]
 		}
-		if space, ok := strings.CutPrefix(f[len(f)-1], "space="); ok {
-			req.Options = map[string]string{"space": space}
+		for _, o := range f[3:] {
+			if k, v, ok := strings.Cut(o, "="); ok {
+				if req.Options == nil {
+					req.Options = map[string]string{}
+				}
+				req.Options[k] = v
+			}
 		}
 		r, err := h.RequestPool(ctx, req)
 		if err != nil {
@@ -149,6 +155,12 @@ func (h *house) do(line string) string {
 		}
 	case "addr", "gw":
 		req := ipam.RequestAddressRequest{PoolID: f[1], Address: arg(2)}
+		if n := len(f) - 2; n > 1 && f[n] == "for" {
+			req.Options = map[string]string{plugin.OptionEndpointName: f[n+1]}
+			if n == 2 {
+				req.Address = ""
+			}
+		}
 		if f[0] == "gw" {
 			req.Options = map[string]string{plugin.OptionRequestAddressType: plugin.RequestAddressGateway}
 		}
@@ -161,6 +173,20 @@ func (h *house) do(line string) string {
 		if _, err := h.ReleaseAddress(ctx, ipam.ReleaseAddressRequest{PoolID: f[1], Address: f[2]}); err != nil {
 			return "error: " + err.Error()
 		}
+	case "release", "forget", "reserve":
+		o := Order{Do: f[0], Space: f[1]}
+		for _, x := range f[2:] {
+			if a, err := netip.ParseAddr(x); err == nil {
+				o.Address = a
+			} else {
+				o.Name = x
+			}
+		}
+		done, err := h.Carry(ctx, o)
+		if err != nil {
+			return "error: " + err.Error()
+		}
+		return done
 	default:
 		h.tb.Fatalf("what is %q?", line)
 	}

@@ -309,7 +309,7 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 	if owner != "" && owner != r.name && !r.want.IsValid() {
 		i.log.WithField("pool", p.prefix.String()).Warnf("the DHCP server has leased %s, which is reserved for %s, to another container: reserve it on the server too, or choose one that it does not hand out", a.Addr(), owner)
 	}
-	i.bind(ctx, p, a.Addr(), r.name)
+	i.bind(ctx, p, a.Addr(), r)
 	i.wakeLeases()
 	return a, nil
 }

@@ -42,10 +42,8 @@ func (i *IPAM) Load(ctx context.Context) error {
 		if p.opts, err = parseOptions(rec.Options, id.prefix); err != nil {
 			return fmt.Errorf("record %s: %w", r.Key, err)
 		}
-		for name, v := range rec.Reserved {
-			if p.added[name], err = parseReservation(name, v, id.prefix); err != nil {
-				return fmt.Errorf("record %s: %w", r.Key, err)
-			}
+		if p.added, err = parseReserved(rec.Reserved, id.prefix); err != nil {
+			return fmt.Errorf("record %s: %w", r.Key, err)
 		}
 		p.reserve()
 		pools[id.poolKey] = p

@@ -57,7 +57,7 @@ func (i *IPAM) meant(o Order) (*pool, error) {
 	var found []*pool
 	for _, p := range all {
 		if o.Pool.IsValid() && p.prefix != o.Pool.Masked() || o.Space != "" && p.space != spaceOption+o.Space ||
-			o.Space == "" && !p.named() || o.Address.IsValid() && !p.prefix.Contains(o.Address) {
+			o.Space == "" && (p.shared() || !p.named()) || o.Address.IsValid() && !p.prefix.Contains(o.Address) {
 			continue
 		}
 		if !o.Address.IsValid() && !p.knows(o.Name) {
@@ -148,7 +148,7 @@ func (i *IPAM) orderForget(ctx context.Context, p *pool, o Order) (string, error
 			return "", err
 		}
 	case b != nil:
-		if err := i.store.Delete(ctx, p.name(name)); err != nil {
+		if err := i.dropName(ctx, p, *b); err != nil {
 			return "", err
 		}
 		p.mu.Lock()
@@ -174,10 +174,15 @@ func (i *IPAM) orderReserve(ctx context.Context, p *pool, o Order) (string, erro
 		return "", fmt.Errorf("reserve %s for %s: %w", value, o.Name, err)
 	}
 	if !p.named() {
-		return "", fmt.Errorf("pool %s is shared by hosts: an address of it cannot be reserved", p.prefix)
+		return "", fmt.Errorf("pool %s is handed out by the leader of a swarm, who is told no names: an address of it cannot be reserved", p.prefix)
 	}
 	err = i.putReserved(ctx, p, func(m map[string]reservation) error {
 		owner, option := p.reservedFor[r.addr], p.opts.reserved[o.Name].addr
+		for name, have := range m { // may be newer
+			if have.addr == r.addr {
+				owner = name
+			}
+		}
 		b := p.byAddr[r.addr]
 		switch {
 		case option.IsValid():
@@ -197,15 +202,19 @@ func (i *IPAM) orderReserve(ctx context.Context, p *pool, o Order) (string, erro
 }
 
 // putReserved changes what was reserved by command: record, then memory. change is
-// called with changes and p.mu held.
+// called with changes and p.mu held; in a shared space it may be more than once.
 func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]reservation) error) error {
 	release, err := i.change(ctx)
 	if err != nil {
 		return err
 	}
 	defer release()
+	if p.shared() {
+		return i.shareReserved(ctx, p, change)
+	}
 	p.mu.Lock()
-	next := &pool{poolKey: p.poolKey, sub: p.sub, opts: p.opts, rev: p.rev, added: maps.Clone(p.added)}
+	next := &pool{poolKey: p.poolKey, sub: p.sub, opts: p.opts, rev: p.rev, added: map[string]reservation{}}
+	maps.Copy(next.added, p.added)
 	if err = errPoolGone; !p.closed {
 		err = change(next.added)
 	}
@@ -254,6 +263,9 @@ func (p *pool) station(a netip.Addr) (MAC, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !p.taken.has(a) {
+		return MAC{}, false
+	}
+	if p.foreign(a) {
 		return MAC{}, false
 	}
 	if l := p.leased[a]; l != nil {

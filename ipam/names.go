@@ -16,14 +16,15 @@ import (
 )
 
 // binding is the record of a name that keeps an address of a pool, whether a
-// container of that name runs or not.
+// container of that name runs or not. In a shared space it has no record of its
+// own: the claim to the address has the name.
 type binding struct {
 	Version  int
 	Address  netip.Addr
 	Released time.Time `json:",omitzero"` // zero while it is held
 
 	name string
-	rev  uint64 // of the record; 0: there is none, or nobody knows which
+	rev  uint64 // of the record, or of the claim; 0: there is none, or nobody knows which
 }
 
 // mostKept bounds how many names without a container a pool remembers: engines
@@ -32,7 +33,7 @@ const mostKept = 4096
 
 func (k poolKey) names() string            { return namePrefix + k.space + "," + k.prefix.String() + "/" }
 func (k poolKey) name(name string) string  { return k.names() + name }
-func (k poolKey) named() bool              { return k.space == LocalSpace || k.dhcp() != "" }
+func (k poolKey) named() bool              { return k.space != GlobalSpace }
 func (p *pool) reserved(a netip.Addr) bool { return p.reservedFor[a] != "" }
 
 // task is how swarm names the container of a task: SERVICE.SLOT.ID, or
@@ -92,8 +93,12 @@ func (p *pool) reserve() (lost []binding) {
 
 // unbind forgets a name; p.mu is held.
 func (p *pool) unbind(b *binding) binding {
-	delete(p.byName, b.name)
-	delete(p.byAddr, b.Address)
+	if p.byName[b.name] == b {
+		delete(p.byName, b.name)
+	}
+	if p.byAddr[b.Address] == b {
+		delete(p.byAddr, b.Address)
+	}
 	return *b
 }
 
@@ -120,6 +125,9 @@ func (i *IPAM) call(ctx context.Context, p *pool, r *addressRequest) (reserved b
 		i.nameless.Do(func() {
 			i.log.Warn("this engine does not say which container an address is for (Docker 29 and later do): what is reserved for a name is given to nobody unless it is asked for, with ip: or --ip")
 		})
+	}
+	if b := p.byName[r.name]; b != nil {
+		r.had = b.Address
 	}
 	if r.want.IsValid() {
 		if owner := p.reservedFor[r.want]; owner != "" && r.name != "" && r.name != owner {
@@ -151,17 +159,26 @@ func (p *pool) othersName(a netip.Addr, owner string) error {
 	return fmt.Errorf("address %s of pool %s is reserved for %s: take another, or `weft address forget %s`", a, p.prefix, owner, owner)
 }
 
+// binds reports whether an address that a name is given is to be kept for it
+// because of that; p.mu is held.
+func (p *pool) binds(name string, a netip.Addr) bool {
+	_, reserved := p.reservation(name)
+	return name != "" && !reserved && !p.reserved(a) && p.opts.keep != 0
+}
+
 // bind notes that a name has been given an address, which is taken, and ends
 // its rest. What cannot be written is only not known after a restart.
-func (i *IPAM) bind(ctx context.Context, p *pool, a netip.Addr, name string) {
+// In a shared space it is in the claim, and known already if that was heard of;
+// what the name had before goes.
+func (i *IPAM) bind(ctx context.Context, p *pool, a netip.Addr, r addressRequest) {
+	name := r.name
 	p.mu.Lock()
 	p.woken(a)
 	var lost []binding
 	if b := p.byAddr[a]; b != nil && b.name != name {
 		lost = append(lost, p.unbind(b))
 	}
-	_, reserved := p.reservation(name)
-	if name == "" || reserved || p.reserved(a) || p.opts.keep == 0 {
+	if !p.binds(name, a) {
 		p.mu.Unlock()
 		i.forgetNames(ctx, p, lost)
 		return
@@ -177,6 +194,16 @@ func (i *IPAM) bind(ctx context.Context, p *pool, a netip.Addr, name string) {
 		p.woken(b.Address)
 	}
 	b.Address, b.Released = a, time.Time{}
+	if p.shared() {
+		b.rev = p.mine[a].rev
+		if r.had.IsValid() && r.had != a {
+			if o := p.byAddr[r.had]; o != nil && o.name == name {
+				p.unbind(o)
+				p.woken(r.had)
+			}
+			lost = append(lost, binding{name: name, Address: r.had})
+		}
+	}
 	p.byAddr[a] = b
 	p.mu.Unlock()
 	i.forgetNames(ctx, p, lost)
@@ -211,6 +238,9 @@ func (i *IPAM) released(ctx context.Context, p *pool, a netip.Addr) {
 
 // saveName writes what is known of a name.
 func (i *IPAM) saveName(ctx context.Context, p *pool, name string) {
+	if p.shared() {
+		return
+	}
 	err := i.putName(ctx, p, name)
 	if err != nil {
 		i.log.WithField("pool", p.prefix.String()).WithError(err).Warnf("it could not be written down that %s keeps its address; a restart of the plugin forgets it", name)
@@ -270,7 +300,7 @@ func (i *IPAM) revision(ctx context.Context, key string) (uint64, error) {
 // the next start, as long as somebody else has the address.
 func (i *IPAM) forgetNames(ctx context.Context, p *pool, lost []binding) {
 	for _, b := range lost {
-		if err := i.store.Delete(ctx, p.name(b.name)); err != nil {
+		if err := i.dropName(ctx, p, b); err != nil {
 			i.log.WithField("pool", p.prefix.String()).WithError(err).Debug("the record of a name was not deleted")
 			continue
 		}
@@ -281,6 +311,14 @@ func (i *IPAM) forgetNames(ctx context.Context, p *pool, lost []binding) {
 			i.saveName(ctx, p, b.name)
 		}
 	}
+}
+
+// dropName deletes what is written of a name.
+func (i *IPAM) dropName(ctx context.Context, p *pool, b binding) error {
+	if p.shared() {
+		return i.shared.disown(ctx, p.poolKey, b)
+	}
+	return i.store.Delete(ctx, p.name(b.name))
 }
 
 // loadNames reads which names keep which addresses. holders are the names that

@@ -68,7 +68,7 @@ func TestPoolOptions(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "10.0.0.5 is reserved for a already") {
 		t.Error(err)
 	}
-	if _, err = h.pooled("10.0.0.0/24", map[string]string{"space": "blue", "keep": "1h"}); err == nil || !strings.Contains(err.Error(), "the other options are for pools of one host") {
+	if _, err = h.pooled("10.0.0.0/24", map[string]string{"space": "blue", "dhcp": "eth0"}); err == nil || !strings.Contains(err.Error(), "it is the server that hands out addresses, to all hosts: leave space out") {
 		t.Error(err)
 	}
 	// The engine sends both pools of a network the same options.

@@ -87,8 +87,8 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 			o.raw[k] = v
 		}
 	}
-	if o.space != "" && o.raw != nil {
-		return o, fmt.Errorf("ipam option space=%s: the other options are for pools of one host: leave them out, and give addresses with --ip", o.space)
+	if o.space != "" && o.dhcp != "" {
+		return o, fmt.Errorf("ipam option space=%s: with dhcp=%s it is the server that hands out addresses, to all hosts: leave space out", o.space, o.dhcp)
 	}
 	if _, ok := o.raw["quarantine"]; ok && o.dhcp != "" {
 		return o, fmt.Errorf("ipam option dhcp=%s: how long a released address rests is up to the server: leave quarantine out", o.dhcp)
@@ -163,6 +163,31 @@ func parseReservation(name, value string, prefix netip.Prefix) (r reservation, e
 		return r, fmt.Errorf("no address: write it as 192.168.1.20 or 192.168.1.20,02:42:c0:a8:01:14")
 	}
 	return r, nil
+}
+
+// parseReserved reads what reservedTexts wrote, of the pool prefix.
+func parseReserved(texts map[string]string, prefix netip.Prefix) (map[string]reservation, error) {
+	all := map[string]reservation{}
+	for name, v := range texts {
+		r, err := parseReservation(name, v, prefix)
+		if err != nil {
+			return nil, fmt.Errorf("reserved for %s: %w", name, err)
+		}
+		all[name] = r
+	}
+	return all, nil
+}
+
+// reservedTexts is how reservations are written; nil for none.
+func reservedTexts(all map[string]reservation) map[string]string {
+	var texts map[string]string
+	for name, r := range all {
+		if texts == nil {
+			texts = map[string]string{}
+		}
+		texts[name] = r.String()
+	}
+	return texts
 }
 
 // checkName takes what can be the name of a container, and part of a key.

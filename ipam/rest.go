@@ -2,6 +2,7 @@ package ipam
 
 import (
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -62,12 +63,19 @@ func (p *pool) rested(a netip.Addr, now time.Time) {
 	switch {
 	case b != nil:
 		b.Released, q = now, &p.kept
-	case p.opts.quarantine == 0 || p.shared() || p.dhcp() != "":
+	case p.opts.quarantine == 0 || p.dhcp() != "":
 		return
 	}
-	p.taken.rest(a)
-	p.since[a] = now
-	*q = append(*q, release{a, now})
+	p.restIn(q, release{a, now})
+}
+
+// restIn has an address rest, as one of a queue; p.mu is held.
+func (p *pool) restIn(q *queue, r release) {
+	p.taken.rest(r.addr)
+	p.since[r.addr] = r.at
+	// At the end, but for what is heard late of another host.
+	at, _ := slices.BinarySearchFunc(*q, r.at.Add(1), func(r release, at time.Time) int { return r.at.Compare(at) })
+	*q = slices.Insert(*q, at, r)
 	if len(*q) > 2*len(p.since)+minQueue {
 		*q = p.current(*q)
 	}
@@ -107,6 +115,10 @@ func (p *pool) woken(a netip.Addr) {
 	}
 }
 
+// mostExpired bounds how many names one call forgets: in a shared space each
+// takes two requests to the cluster.
+const mostExpired = 16
+
 // expire lets go of what has rested long enough and returns the names that
 // have lost their address by it; p.mu is held.
 func (p *pool) expire(now time.Time) (lost []binding) {
@@ -117,7 +129,7 @@ func (p *pool) expire(now time.Time) (lost []binding) {
 		}
 		p.woken(r.addr)
 	}
-	for p.opts.keep >= 0 {
+	for p.opts.keep >= 0 && len(lost) < mostExpired {
 		r, ok := p.front(&p.kept)
 		if !ok || now.Sub(r.at) < p.opts.keep {
 			break

@@ -15,6 +15,7 @@ type cleanup struct {
 	busy *busy      // of the address
 	// restore: the other way round, it has to be there and was deleted.
 	restore bool
+	names   []binding // instead: they have lost their address
 }
 
 const (
@@ -87,6 +88,10 @@ func (i *IPAM) settle(ctx context.Context) int {
 }
 
 func (i *IPAM) settleOne(ctx context.Context, c cleanup) error {
+	if c.names != nil {
+		i.forgetNames(ctx, c.pool, c.names)
+		return nil
+	}
 	if c.restore {
 		err := i.restore(ctx, c)
 		if err != nil {

@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/weftnet/weft/internal/dhcp"
@@ -44,6 +45,9 @@ type PoolStatus struct {
 	Warning string `json:"warning,omitempty"`
 }
 
+// Shared reports whether the pool is one of a space that hosts share.
+func (s PoolStatus) Shared() bool { return strings.HasPrefix(s.ID, spaceOption) }
+
 // NameStatus is a name that has an address in a pool.
 type NameStatus struct {
 	Name    string     `json:"name"`
@@ -54,6 +58,7 @@ type NameStatus struct {
 	// Held: by a container. Otherwise Released says since when it is not, where
 	// that is known.
 	Held     bool      `json:"held"`
+	Host     string    `json:"host,omitempty"` // that has it, where it is not this one
 	Released time.Time `json:"released,omitzero"`
 }
 
@@ -139,14 +144,14 @@ func (p *pool) dhcpStatus() *DHCPStatus {
 func (p *pool) nameStatus() []NameStatus {
 	var out []NameStatus
 	for name, r := range p.reservations() {
-		s := NameStatus{Name: name, Address: r.addr, Reserved: true, Held: p.taken.has(r.addr)}
+		s := NameStatus{Name: name, Address: r.addr, Reserved: true, Held: p.taken.has(r.addr), Host: p.others[r.addr].Name}
 		if r.mac != (MAC{}) {
 			s.MAC = net.HardwareAddr(r.mac[:]).String()
 		}
 		out = append(out, s)
 	}
 	for _, b := range p.byName {
-		out = append(out, NameStatus{Name: b.name, Address: b.Address, Held: p.taken.has(b.Address), Released: b.Released})
+		out = append(out, NameStatus{Name: b.name, Address: b.Address, Held: p.taken.has(b.Address), Host: p.others[b.Address].Name, Released: b.Released})
 	}
 	slices.SortFunc(out, func(a, b NameStatus) int { return cmp.Compare(a.Name, b.Name) })
 	return out
@@ -174,6 +179,9 @@ func (i *IPAM) stranded(ctx context.Context, p *pool) []netip.Addr {
 	if !known || !p.named() {
 		return nil
 	}
+	if p.shared() {
+		return i.strandedHere(p, used)
+	}
 	list, err := i.store.List(ctx, p.addresses())
 	if err != nil {
 		return nil
@@ -186,6 +194,21 @@ func (i *IPAM) stranded(ctx context.Context, p *pool) []netip.Addr {
 			continue
 		}
 		if rec.Kind != kindGateway && i.now().Sub(rec.Created) > strandedAfter && !used(a) {
+			out = append(out, a)
+		}
+	}
+	slices.SortFunc(out, netip.Addr.Compare)
+	return out
+}
+
+// strandedHere lists what this host has claimed in a shared space and no endpoint
+// has.
+func (i *IPAM) strandedHere(p *pool, used func(netip.Addr) bool) []netip.Addr {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var out []netip.Addr
+	for a, c := range p.mine {
+		if i.now().Sub(c.since) > strandedAfter && !used(a) {
 			out = append(out, a)
 		}
 	}

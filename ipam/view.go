@@ -3,6 +3,7 @@ package ipam
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"math"
 	"net/netip"
@@ -54,6 +55,10 @@ func (i *IPAM) loadShared(ctx context.Context) error {
 			}
 			p := newPool(poolID{poolKey{space, prefix}, m.SubPool})
 			p.rev, p.adoptable = 1, true
+			if err := p.adopt(tp); err != nil {
+				return fmt.Errorf("pool %s of space %s: %w", prefix, p.spaceName(), err)
+			}
+			p.reserve()
 			pools[p.poolKey] = p
 		}
 	}
@@ -91,11 +96,12 @@ func (p *pool) own(host string, addrs map[netip.Addr]heldClaim) {
 			continue // there is newer news
 		}
 		if h.Host != host || h.Kind == kindGateway {
-			p.take(a, h)
+			p.mark(a, h)
 			continue
 		}
 		p.taken.add(a)
-		p.mine[a] = h.rev
+		p.mine[a] = ownClaim{h.rev, h.Created}
+		p.nameIt(a, h)
 		if h.Kind == kindAuto && h.rev > newest {
 			newest, p.cursor = h.rev, a.Next()
 		}
@@ -146,7 +152,7 @@ func (i *IPAM) resumeOne(p *pool, a netip.Addr) bool {
 		p.releasing, p.closed = true, true
 		i.later(cleanup{pool: p})
 	case p.busy[a] != nil: // somebody is at it
-	case p.mine[a] != 0:
+	case p.mine[a].rev != 0:
 		i.later(p.stray(a))
 	default:
 		return false
@@ -289,9 +295,18 @@ func (i *IPAM) refresh(p *pool, held map[netip.Addr]heldClaim) {
 			i.noteGone(p, a, math.MaxUint64)
 		}
 	}
-	for a, rev := range p.mine {
+	for a, c := range p.mine {
 		if _, ok := held[a]; !ok {
-			i.noteGone(p, a, rev+1) // to be looked at
+			i.noteGone(p, a, c.rev+1) // to be looked at
+		}
+	}
+	newest := uint64(0)
+	for _, h := range held {
+		newest = max(newest, h.rev)
+	}
+	for a := range p.byAddr {
+		if _, ok := held[a]; !ok && !p.taken.has(a) {
+			i.noteGone(p, a, newest+1) // what was kept since is not in held yet
 		}
 	}
 	for a, h := range held {
@@ -305,10 +320,15 @@ func (i *IPAM) note(p *pool, a netip.Addr, h heldClaim) {
 		b.news = func() { i.note(p, a, h) }
 		return
 	}
-	rev, mine := p.mine[a]
+	own, mine := p.mine[a]
 	ours := h.Host == i.shared.host && h.Kind != kindGateway
 	switch {
-	case mine && (ours || h.rev < rev):
+	case mine && h.rev < own.rev:
+	case mine && ours:
+		p.mine[a] = ownClaim{h.rev, own.since}
+		p.nameIt(a, h) // which another host may have dropped
+	case mine && h.Kind == kindKept: // a release that was given up has landed
+		i.later(cleanup{pool: p, addr: a, restore: true})
 	case ours && i.shared.doubted(h.Nonce):
 		i.later(p.stray(a)) // a write that was given up has landed
 	default:
@@ -316,17 +336,50 @@ func (i *IPAM) note(p *pool, a netip.Addr, h heldClaim) {
 			delete(p.mine, a)
 			i.lost(p, a, h)
 		}
-		p.take(a, h)
+		p.mark(a, h)
 	}
+}
+
+// mark takes over who has an address that is not this host's, or which name
+// keeps it; p.mu is held.
+func (p *pool) mark(a netip.Addr, h heldClaim) {
+	if h.Kind != kindKept || p.reserved(a) {
+		p.take(a, h)
+		return
+	}
+	delete(p.others, a)
+	delete(p.gateways, a)
+	p.taken.remove(a)
+	p.nameIt(a, h)
+	p.restIn(&p.kept, release{a, h.Released})
 }
 
 // take marks an address as somebody else's; p.mu is held.
 func (p *pool) take(a netip.Addr, h heldClaim) {
+	p.woken(a)
 	p.taken.add(a)
 	p.others[a] = h
+	p.nameIt(a, h)
 	delete(p.gateways, a)
 	if h.Kind == kindGateway {
 		p.gateways[a] = h.rev
+	}
+}
+
+// nameIt takes over which name an address is kept for; p.mu is held. Should
+// there be two addresses for one, the newer one is the name's, and the other
+// rests as any that is kept, until the pool needs it.
+func (p *pool) nameIt(a netip.Addr, h heldClaim) {
+	if b := p.byAddr[a]; b != nil {
+		p.unbind(b)
+	}
+	if h.Owner == "" || p.reserved(a) {
+		return
+	}
+	b := &binding{Version: recordVersion, Address: a, Released: h.Released, name: h.Owner, rev: h.rev}
+	p.byAddr[a] = b
+	if o := p.byName[b.name]; o == nil || o.rev < b.rev {
+		p.byName[b.name] = b
 	}
 }
 
@@ -342,10 +395,20 @@ func (i *IPAM) noteGone(p *pool, a netip.Addr, at uint64) {
 		delete(p.others, a)
 		delete(p.gateways, a)
 		p.taken.remove(a)
+		p.nameIt(a, heldClaim{})
+		if h.Kind != kindGateway {
+			p.rested(a, i.now())
+		}
 		return
 	}
-	if rev, mine := p.mine[a]; mine && rev < at {
+	own, mine := p.mine[a]
+	b := p.byAddr[a]
+	switch {
+	case mine && own.rev < at:
 		i.later(cleanup{pool: p, addr: a, restore: true})
+	case !mine && b != nil && b.rev < at:
+		p.unbind(b)
+		p.woken(a)
 	}
 }
 
@@ -353,8 +416,12 @@ func (i *IPAM) noteGone(p *pool, a netip.Addr, at uint64) {
 func (i *IPAM) noteTable(space string, t table) {
 	for _, p := range i.sharedPools() {
 		tp := t.Pools[p.prefix]
-		if p.space == space && p.open() && (tp == nil || tp.Hosts[i.shared.host].Nonce == "") {
+		switch {
+		case p.space != space || !p.open():
+		case tp == nil || tp.Hosts[i.shared.host].Nonce == "":
 			i.later(cleanup{pool: p, restore: true})
+		default:
+			i.noteAgreed(p, tp)
 		}
 	}
 	for prefix, tp := range t.Pools {
@@ -373,6 +440,84 @@ func (i *IPAM) noteTable(space string, t table) {
 	}
 }
 
+// noteAgreed takes over what a host has reserved.
+func (i *IPAM) noteAgreed(p *pool, t *tablePool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if maps.Equal(p.opts.raw, t.Options) && maps.Equal(reservedTexts(p.added), t.Reserved) {
+		return
+	}
+	if err := p.adopt(t); err != nil {
+		i.log.WithField("pool", p.prefix.String()).WithError(err).Warn("what other hosts have reserved in the pool cannot be read")
+		return
+	}
+	if lost := p.reserve(); lost != nil {
+		i.later(cleanup{pool: p, names: lost})
+	}
+}
+
+// shareReserved changes what is reserved in a shared space for all hosts. The
+// caller holds changes.
+func (i *IPAM) shareReserved(ctx context.Context, p *pool, change func(map[string]reservation) error) error {
+	ctx, cancel := p.within(ctx)
+	defer cancel()
+	var next tablePool
+	err := i.shared.change(ctx, p.poolKey, func(t *table) (bool, error) {
+		tp := t.at(p.prefix)
+		added, err := parseReserved(tp.Reserved, p.prefix)
+		if err != nil {
+			return false, err
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		if p.closed || len(tp.Hosts) == 0 {
+			return false, errPoolGone
+		}
+		if err := change(added); err != nil {
+			return false, err
+		}
+		tp.Reserved = reservedTexts(added)
+		next = *tp
+		return true, nil
+	})
+	if err != nil {
+		return err
+	}
+	p.mu.Lock()
+	err = p.adopt(&next)
+	lost := p.reserve()
+	p.mu.Unlock()
+	i.forgetNames(ctx, p, lost)
+	return err
+}
+
+// look asks the cluster about an address that a name has a right to and another
+// host has, as far as this one knows: it may have been released just now.
+func (i *IPAM) look(ctx context.Context, p *pool, name string) error {
+	if name == "" || !p.shared() {
+		return nil
+	}
+	p.mu.Lock()
+	a, _, _ := p.wish(name)
+	foreign := p.foreign(a)
+	p.mu.Unlock()
+	if !foreign {
+		return nil
+	}
+	r, err := i.shared.Get(ctx, p.claim(a))
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return fmt.Errorf("address in pool %s of space %s: %w", p.prefix, p.spaceName(), err)
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err != nil {
+		i.noteGone(p, a, math.MaxUint64)
+	} else {
+		i.note(p, a, decodeClaim(r))
+	}
+	return nil
+}
+
 // restore writes a record again that this host had and that somebody deleted,
 // or that went with the cluster's data: containers go on using the address.
 func (i *IPAM) restore(ctx context.Context, c cleanup) error {
@@ -387,7 +532,7 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 			return nil
 		}
 		p.mu.Lock()
-		next := &pool{poolKey: p.poolKey, sub: p.sub}
+		next := &pool{poolKey: p.poolKey, sub: p.sub, opts: p.opts, added: p.added}
 		p.mu.Unlock()
 		return i.shared.putPool(ctx, next)
 	}
@@ -398,8 +543,12 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 	}
 	b := &busy{done: make(chan struct{})}
 	p.busy[c.addr] = b
+	owner := ""
+	if b := p.byAddr[c.addr]; b != nil {
+		owner = b.name
+	}
 	p.mu.Unlock()
-	rev, err := i.shared.putAddress(ctx, p.poolKey, c.addr, kindExplicit, "")
+	rev, err := i.shared.putAddress(ctx, p.poolKey, c.addr, kindExplicit, owner)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	close(b.done)
@@ -407,12 +556,12 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 	var held *heldError
 	switch {
 	case err == nil:
-		p.mine[c.addr] = rev
+		p.mine[c.addr] = ownClaim{rev, i.now()}
 	case errors.As(err, &held) && held.Host == i.shared.host:
 		return nil // it was there all the time
 	case errors.As(err, &held):
 		delete(p.mine, c.addr)
-		p.take(c.addr, held.heldClaim)
+		p.mark(c.addr, held.heldClaim)
 		i.lost(p, c.addr, held.heldClaim)
 		return nil
 	}

@@ -158,13 +158,20 @@ func (d document) names() [][]string {
 			case !n.Released.IsZero():
 				state = "kept, released " + n.Released.UTC().Format(time.RFC3339)
 			}
+			if n.Host != "" {
+				state += " on " + n.Host
+			}
 			rows = append(rows, []string{n.Name, n.Address.String(), orDash(n.MAC), p.Pool, state})
 		}
 		if p.Warning != "" {
 			lines = append(lines, []string{"! " + p.Warning})
 		}
+		space := ""
+		if p.Shared() {
+			space = "-space " + p.Space + " "
+		}
 		for _, a := range p.Stranded {
-			lines = append(lines, []string{fmt.Sprintf("! address %s of pool %s was given out and no endpoint has it: `weft address release %s` frees it", a, p.Pool, a)})
+			lines = append(lines, []string{fmt.Sprintf("! address %s of pool %s was given out and no endpoint has it: `weft address release %s%s` frees it", a, p.Pool, space, a)})
 		}
 	}
 	return append(rows, lines...)

@@ -107,6 +107,41 @@ func (s *sharer) ask(method, address string) (text string, answered bool) {
 	return fmt.Sprint(m["Address"]), true
 }
 
+// TestNamesMove plays engines of version 29 on two hosts that share a pool: a
+// container that is made again on the other host has its address again there.
+func TestNamesMove(t *testing.T) {
+	t.Parallel()
+	etcd := etcdtest.Start(t, etcdtest.Config{})
+	endpoint := strings.TrimPrefix(etcd.Endpoints, "etcd://")
+	alpha, beta := newSharer(t, "alpha", endpoint), newSharer(t, "beta", endpoint)
+	request := func(s *sharer, name string) string {
+		t.Helper()
+		m := s.must(t, "IpamDriver.RequestAddress", fmt.Sprintf(`{"PoolID":%q,"Address":"","Options":{"com.docker.network.endpoint.name":%q}}`, frozenPool, name))
+		return fmt.Sprint(m["Address"])
+	}
+	release := func(s *sharer, address string) {
+		t.Helper()
+		s.must(t, "IpamDriver.ReleaseAddress", fmt.Sprintf(`{"PoolID":%q,"Address":%q}`, frozenPool, strings.TrimSuffix(address, "/22")))
+	}
+	db := request(alpha, "db")
+	release(alpha, db)
+	if got := request(beta, "db"); got != db {
+		t.Errorf("made again on another host it has %s, had %s", got, db)
+	}
+	second := request(alpha, "db")
+	if second == db {
+		t.Errorf("two containers have %s", db)
+	}
+	if said := alpha.said(); !strings.Contains(said, "is kept for db and a container of that name has it") {
+		t.Errorf("the log does not say why the second one has another address: %s", said)
+	}
+	release(alpha, second)
+	release(beta, db)
+	if got := request(alpha, "db"); got != db {
+		t.Errorf("made again on the first host it has %s, had %s", got, db)
+	}
+}
+
 // TestFrozen has two hosts hand out addresses of one pool while one of them stands
 // still in the middle of its requests, and goes on as if nothing had happened.
 func TestFrozen(t *testing.T) {
