@@ -16,14 +16,14 @@ import (
 	"time"
 )
 
-// etcdOn starts etcd on a machine of the LAN; the process ends with the test.
-func etcdOn(tb testing.TB, m *machine, addr string) *exec.Cmd {
+// etcdOn starts etcd on the client of a LAN; the process ends with the test.
+func etcdOn(tb testing.TB, m *machine) *exec.Cmd {
 	tb.Helper()
 	binary, err := exec.LookPath("etcd")
 	if err != nil {
 		tb.Fatalf("needs etcd (Debian: etcd-server): %v", err)
 	}
-	url := "http://" + addr + ":2379"
+	url := "http://" + client4 + ":2379"
 	c := m.inNet(binary, "--data-dir", filepath.Join(m.dir, "etcd"), "--log-level", "error", "--logger", "zap",
 		"--listen-client-urls", url, "--advertise-client-urls", url,
 		"--listen-peer-urls", "http://127.0.0.1:2380", "--initial-advertise-peer-urls", "http://127.0.0.1:2380",
@@ -36,17 +36,17 @@ func etcdOn(tb testing.TB, m *machine, addr string) *exec.Cmd {
 	}
 	tb.Cleanup(func() { end(c) })
 	eventually(tb, 10*time.Second, "etcd answers", func() error {
-		_, err := etcdKeys(m, addr)
+		_, err := etcdKeys(m)
 		return err
 	})
 	return c
 }
 
 // etcdKeys are all keys that weft has in etcd.
-func etcdKeys(m *machine, addr string) ([]string, error) {
+func etcdKeys(m *machine) ([]string, error) {
 	enc := base64.StdEncoding.EncodeToString
 	ask := fmt.Sprintf(`{"key":%q,"range_end":%q,"keys_only":true}`, enc([]byte("/weft/")), enc([]byte("/weft0")))
-	out, err := output(m.inNet("curl", "-sS", "--max-time", "2", "-d", ask, "http://"+addr+":2379/v3/kv/range"))
+	out, err := output(m.inNet("curl", "-sS", "--max-time", "2", "-d", ask, "http://"+client4+":2379/v3/kv/range"))
 	if err != nil {
 		return nil, err
 	}
@@ -67,7 +67,7 @@ func TestOverlayEtcd(t *testing.T) {
 	t.Parallel()
 	all := newMembers(t, 3)
 	client := all[0].lan.client
-	etcd := etcdOn(t, client, client4)
+	etcd := etcdOn(t, client)
 	for _, e := range all {
 		e.installPlugin(t, "STORE=etcd://"+client4+":2379", "UNDERLAY=lan0")
 		e.must(t, "network", "create", "-d", ours, "--ipam-driver", ours, "--ipam-opt", "space=blue", "-o", "mode=overlay", "-o", "vni="+blueVNI,
@@ -106,7 +106,7 @@ func TestOverlayEtcd(t *testing.T) {
 	t.Logf("a container while etcd is away is refused after %v", time.Since(start))
 	all[2].must(t, "rm", "-f", "late")
 	all[1].must(t, "rm", "-f", "beta") // released when etcd is back
-	etcdOn(t, client, client4)
+	etcdOn(t, client)
 	eventually(t, 20*time.Second, "a container after etcd is back", func() error {
 		out, err := all[1].docker("run", "-d", "--name", "beta", "--hostname", all[1].name, "--network", "blue", image)
 		if err != nil {
@@ -124,7 +124,7 @@ func TestOverlayEtcd(t *testing.T) {
 		e.checkCleanIn(t, 40*time.Second)
 	}
 	eventually(t, 20*time.Second, "nothing is left in etcd", func() error {
-		keys, err := etcdKeys(client, client4)
+		keys, err := etcdKeys(client)
 		left := slices.DeleteFunc(keys, func(k string) bool { return strings.Contains(k, "/overlay/alive/") })
 		if err == nil && len(left) > 0 {
 			err = fmt.Errorf("left: %v", left)

@@ -9,7 +9,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
-
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -79,17 +79,41 @@ func (e *engine) said(tb testing.TB, what string) int {
 }
 
 // TestOverlayFaults stops, kills, moves and renames what tells the others, while
-// a container on the first host talks to one on the second.
+// a container on the first host talks to one on the second: hosts that gossip, and
+// hosts that have etcd.
 func TestOverlayFaults(t *testing.T) {
 	t.Parallel()
-	l := newLAN(t)
+	t.Run("gossip", func(t *testing.T) {
+		t.Parallel()
+		overlayFaults(t, newLAN(t), nil)
+	})
+	t.Run("etcd", func(t *testing.T) {
+		t.Parallel()
+		l := newLAN(t)
+		overlayFaults(t, l, etcdOn(t, l.client))
+	})
+}
+
+// overlayFaults has the hosts of a LAN know each other by etcd on its client, or,
+// without it, by gossip.
+func overlayFaults(t *testing.T, l *lan, etcd *exec.Cmd) {
+	t.Helper()
 	var all members
 	for i := range 3 {
 		// The second host's containers outlive its engine, the third's do not.
 		config := map[string]any{"live-restore": i == 1}
 		all = append(all, l.host(t, fmt.Sprintf("host%d", i+1), []string{underlayAddr(i+1) + "/24"}, config, func(*engine) {}))
 	}
-	all.join(t)
+	again := func() { etcdOn(t, l.client) }
+	port := "7947"
+	if etcd == nil {
+		all.join(t)
+	} else {
+		port = "2379"
+		for _, e := range all {
+			e.installPlugin(t, "STORE=etcd://"+client4+":"+port, "UNDERLAY=lan0")
+		}
+	}
 	all.network(t, "blue")
 	containers := []string{"alpha", "beta", "gamma"}
 	for i, e := range all {
@@ -208,15 +232,15 @@ func TestOverlayFaults(t *testing.T) {
 		}
 		all.settled(t)
 	})
-	ok = ok && t.Run("30 % of gossip lost", func(t *testing.T) {
+	ok = ok && t.Run("30 % of what hosts say lost", func(t *testing.T) {
 		for _, e := range all {
-			e.net(t, "nft", `add table inet lossy; add chain inet lossy in { type filter hook input priority -300; };
-				add rule inet lossy in meta l4proto { tcp, udp } th dport 7947 numgen random mod 100 < 30 counter drop`)
+			e.net(t, "nft", fmt.Sprintf(`add table inet lossy; add chain inet lossy in { type filter hook input priority -300; };
+				add rule inet lossy in meta l4proto { tcp, udp } @th,%d,16 %s numgen random mod 100 < 30 counter drop`, map[bool]int{true: 16, false: 0}[etcd == nil], port))
 		}
 		for i, e := range all {
 			name := fmt.Sprintf("lossy%d", i)
 			e.run(t, name, "--network", "blue")
-			note("overlay, 30 %% of gossip lost: a new container is known after %v", all.exact(t, "blue", 10*time.Second))
+			note("%s: a new container is known after %v", t.Name(), all.exact(t, "blue", 10*time.Second))
 			e.must(t, "rm", "-f", name)
 		}
 		for _, e := range all {
@@ -227,8 +251,25 @@ func TestOverlayFaults(t *testing.T) {
 		}
 		all.settled(t)
 	})
+	ok = ok && (etcd == nil || t.Run("etcd stopped", func(t *testing.T) {
+		f := start(t)
+		end(etcd)
+		stopped := time.Now()
+		one.run(t, "meanwhile", "--network", "blue")
+		one.dials(t, "meanwhile", one.addresses(t, "alpha", "blue")[0], "host1") // on this host
+		three.must(t, "rm", "-f", "gamma")
+		time.Sleep(time.Until(stopped.Add(lasting(15*time.Second, 5*time.Minute))))
+		again() // which ends with the whole test, not with this part of it
+		all.settled(t)
+		f.whole(t)
+		one.must(t, "rm", "-f", "meanwhile")
+		three.run(t, "gamma", "--network", "blue", "--hostname", three.name)
+		all.reach(t, containers)
+		all.settled(t)
+	}))
 	_ = ok && t.Run("partition", func(t *testing.T) {
-		all.partition(t, 20*time.Second)
+		// A host that is cut off from etcd cannot tell who else is.
+		all.partition(t, 20*time.Second, map[bool]string{true: "silent", false: "unknown"}[etcd == nil])
 		all.settled(t)
 	})
 
@@ -253,8 +294,9 @@ func (all members) removeAll(t *testing.T) {
 }
 
 // partition cuts the third host off, for longer than it takes to be given up,
-// while both sides start and stop containers, and give one address to two.
-func (all members) partition(t *testing.T, d time.Duration) {
+// while both sides start and stop containers, and give one address to two. others
+// is what it says of the other hosts meanwhile.
+func (all members) partition(t *testing.T, d time.Duration, others string) {
 	t.Helper()
 	one, two, three := all[0], all[1], all[2]
 	const twice = "10.44.200.1"
@@ -266,7 +308,7 @@ func (all members) partition(t *testing.T, d time.Duration) {
 	one.lan.wire.net(t, "ip", "link", "set", port, "down")
 	end := time.Now().Add(d)
 	one.hears(t, three.name, "silent", 15*time.Second)
-	three.hears(t, one.name, "silent", 15*time.Second)
+	three.hears(t, one.name, others, 15*time.Second)
 	one.run(t, "first", "--network", "blue", "--ip", twice)
 	for _, e := range all {
 		e.must(t, "rm", "-f", "old-"+e.name)

@@ -520,11 +520,14 @@ func (c *Cluster) save(ctx context.Context, vni uint32, n *network) error {
 type Status struct {
 	Peers     []Peer   `json:"peers"`
 	Conflicts []string `json:"conflicts"`
+	// Deaf is there while it is not known which peers are: they are shown as
+	// they were last.
+	Deaf Deafness `json:"deaf,omitzero"`
 }
 
 // Status reports it.
 func (c *Cluster) Status() Status {
-	s := Status{Peers: c.table.Peers(), Conflicts: []string{}}
+	s := Status{Peers: c.table.Peers(), Conflicts: []string{}, Deaf: c.table.deafness()}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, n := range c.networks {

@@ -40,7 +40,7 @@ type records interface {
 // the context ends.
 type feed interface {
 	Follow(ctx context.Context, prefix string, snapshot func([]store.Record), event func(store.Event)) error
-	Alive(ctx context.Context, key string, value []byte) error
+	Alive(ctx context.Context, key string, value []byte, heard func(error)) error
 }
 
 // EtcdConfig is what NewEtcd needs.
@@ -64,7 +64,8 @@ type EtcdConfig struct {
 // was last alive, but that is a write a minute for ever, into a store that keeps
 // every old value until somebody compacts it.)
 //
-// While the store is away nothing changes: that is no sign about any host.
+// While the store is away nothing changes: that is no sign about any host, and the
+// Table says that it does not know.
 type Etcd struct {
 	EtcdConfig
 	wake chan struct{} // capacity 1: there may be something to write
@@ -95,7 +96,7 @@ func NewEtcd(c EtcdConfig) *Etcd {
 func (e *Etcd) Run(ctx context.Context) error {
 	g, ctx2 := errgroup.WithContext(ctx)
 	g.Go(func() error { return e.Store.Follow(ctx2, keys, e.snapshot, e.event) })
-	g.Go(func() error { return e.Store.Alive(ctx2, aliveKeys+e.Table.self, []byte(e.Name)) })
+	g.Go(func() error { return e.Store.Alive(ctx2, aliveKeys+e.Table.self, []byte(e.Name), e.Table.Hears) })
 	g.Go(func() error { return e.watchTable(ctx2) })
 	g.Go(func() error { return e.write(ctx2) })
 	if err := g.Wait(); ctx.Err() == nil {

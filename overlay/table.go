@@ -39,6 +39,13 @@ type Table struct {
 	floor uint64 // no version or claim of ours may be as low
 	hosts map[string]*host
 	dirty map[uint32]bool
+	deaf  Deafness
+}
+
+// Deafness is why it is not known which other hosts are there, and since when.
+type Deafness struct {
+	Since time.Time `json:"since,omitzero"` // zero: it is known
+	Error string    `json:"error,omitempty"`
 }
 
 // own is this host's part of a network.
@@ -552,4 +559,23 @@ func (t *Table) Peers() []Peer {
 	}
 	slices.SortFunc(list, func(a, b Peer) int { return cmp.Or(cmp.Compare(a.Name, b.Name), cmp.Compare(a.ID, b.ID)) })
 	return list
+}
+
+// Hears is told by the Engine when it can hear of other hosts, with nil, or of
+// none any more, and why.
+func (t *Table) Hears(err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	switch {
+	case err == nil:
+		t.deaf = Deafness{}
+	case t.deaf.Since.IsZero():
+		t.deaf = Deafness{t.now().UTC(), err.Error()}
+	}
+}
+
+func (t *Table) deafness() Deafness {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.deaf
 }

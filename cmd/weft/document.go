@@ -181,6 +181,9 @@ func (d document) peers() [][]string {
 	rows := [][]string{{"PEER", "ADDRESS", "STATE", "NETWORKS"}}
 	for _, p := range d.Cluster.Peers {
 		state, address := "heard", "-"
+		if deaf := d.Cluster.Deaf.Since; !deaf.IsZero() {
+			state = "unknown since " + deaf.UTC().Format(time.RFC3339)
+		}
 		if !p.Silent.IsZero() {
 			state = "silent since " + p.Silent.UTC().Format(time.RFC3339)
 		}
@@ -192,6 +195,9 @@ func (d document) peers() [][]string {
 			vnis = append(vnis, fmt.Sprint(v))
 		}
 		rows = append(rows, []string{orDash(p.Name), address, state, list(vnis)})
+	}
+	if why := d.Cluster.Deaf.Error; why != "" {
+		rows = append(rows, []string{"! other hosts are not heard: " + why})
 	}
 	for _, line := range d.Cluster.Conflicts {
 		rows = append(rows, []string{"! " + line})

@@ -133,6 +133,18 @@ two   -          silent since 2026-11-20T12:00:00Z  -
 	if out.String() != want {
 		t.Errorf("got\n%swant\n%s", &out, want)
 	}
+	doc.Cluster.Deaf = overlay.Deafness{Since: time.Date(2026, 11, 20, 13, 0, 0, 0, time.UTC), Error: "etcd does not answer"}
+	out.Reset()
+	if err := doc.print(&out, []string{"peers"}); err != nil {
+		t.Fatal(err)
+	}
+	for _, line := range []string{
+		"one   192.0.2.1  unknown since 2026-11-20T13:00:00Z", "two   -          silent since 2026-11-20T12:00:00Z", "! other hosts are not heard: etcd does not answer",
+	} {
+		if !strings.Contains(out.String(), line) {
+			t.Errorf("got\n%swant a line %s", &out, line)
+		}
+	}
 }
 
 const wantNetworks = `NETWORK       MODE    VNI  LINK          SUBNETS                GATEWAYS    MTU   EGRESS  INTERNAL  ENDPOINTS

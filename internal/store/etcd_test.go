@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -241,7 +242,7 @@ func TestEtcdPassword(t *testing.T) {
 	m := follow(t, e, "")
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = e.Alive(ctx, "alive", []byte("x")) })
+	wg.Go(func() { _ = e.Alive(ctx, "alive", []byte("x"), nil) })
 	defer wg.Wait()
 	defer cancel()
 	create(t, e, "k")
@@ -370,7 +371,10 @@ func TestEtcdOutage(t *testing.T) {
 	e, other := openEtcd(t, store.EtcdConfig{Endpoints: c.Endpoints}), openEtcd(t, store.EtcdConfig{Endpoints: c.Endpoints})
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = e.Alive(ctx, "alive/a", []byte("host a")) })
+	var failing atomic.Bool
+	wg.Go(func() {
+		_ = e.Alive(ctx, "alive/a", []byte("host a"), func(err error) { failing.Store(err != nil) })
+	})
 	defer wg.Wait()
 	defer cancel()
 	m := follow(t, other, "")
@@ -380,6 +384,9 @@ func TestEtcdOutage(t *testing.T) {
 	time.Sleep(8 * time.Second)
 	if !m.has("alive/a") {
 		t.Error("an outage of etcd is taken for a sign about a host")
+	}
+	if !failing.Load() {
+		t.Error("nobody was told that etcd does not answer")
 	}
 	c.StartAll()
 	start := time.Now()
@@ -394,6 +401,9 @@ func TestEtcdOutage(t *testing.T) {
 	time.Sleep(8 * time.Second)
 	if !m.has("alive/a") {
 		t.Error("not alive after the outage")
+	}
+	if failing.Load() {
+		t.Error("nobody was told that etcd answers again")
 	}
 }
 
@@ -444,7 +454,7 @@ func TestEtcdAlive(t *testing.T) {
 	m := follow(t, e, "alive/")
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
-	go func() { done <- e.Alive(ctx, "alive/a", []byte("host a")) }()
+	go func() { done <- e.Alive(ctx, "alive/a", []byte("host a"), nil) }()
 	want := map[string]string{"alive/a": "host a"}
 	eventually(t, 5*time.Second, "alive", func() bool { return m.is(want) })
 	time.Sleep(8 * time.Second)
@@ -492,7 +502,7 @@ func TestEtcdMemberHangs(t *testing.T) {
 	defer cancel()
 	for i := range 6 {
 		e := openEtcd(t, store.EtcdConfig{Endpoints: c.Endpoints})
-		wg.Go(func() { _ = e.Alive(ctx, fmt.Sprintf("alive/%d", i), nil) })
+		wg.Go(func() { _ = e.Alive(ctx, fmt.Sprintf("alive/%d", i), nil, nil) })
 		ms = append(ms, follow(t, e, ""))
 	}
 	all := func() bool {
@@ -530,7 +540,7 @@ func TestEtcdCloseEndsAll(t *testing.T) {
 	e := openEtcd(t, store.EtcdConfig{Endpoints: c.Endpoints})
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
-	wg.Go(func() { _ = e.Alive(ctx, "alive/a", nil) })
+	wg.Go(func() { _ = e.Alive(ctx, "alive/a", nil, nil) })
 	wg.Go(func() { _ = e.Follow(ctx, "", func([]store.Record) {}, func(store.Event) {}) })
 	create(t, e, "k")
 	cancel()

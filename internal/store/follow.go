@@ -39,7 +39,7 @@ type Event struct {
 // It returns when ctx ends, or with [ErrClosed]. Both functions are called on
 // the caller's goroutine, and hold up what comes next.
 func (e *Etcd) Follow(ctx context.Context, prefix string, snapshot func([]Record), event func(Event)) error {
-	return e.keepOn(ctx, "follow records "+prefix+"*", func(ctx context.Context, works func()) error {
+	return e.keepOn(ctx, "follow records "+prefix+"*", nil, func(ctx context.Context, works func()) error {
 		list, rev, err := e.list(ctx, prefix)
 		if err != nil {
 			return err
@@ -74,8 +74,11 @@ func (e *Etcd) watch(ctx context.Context, prefix string, rev int64, event func(E
 // runs out some seconds after the last sign of life. It returns when ctx ends,
 // or with [ErrClosed], and leaves the record to the lease: a plugin that is
 // started again within that time was never away.
-func (e *Etcd) Alive(ctx context.Context, key string, value []byte) error {
-	return e.keepOn(ctx, "keep record "+key+" alive", func(ctx context.Context, works func()) error {
+//
+// heard is called with the error when etcd does not answer any more, within two
+// beats, and with nil when it does. It may be nil.
+func (e *Etcd) Alive(ctx context.Context, key string, value []byte, heard func(error)) error {
+	return e.keepOn(ctx, "keep record "+key+" alive", heard, func(ctx context.Context, works func()) error {
 		return e.alive(ctx, e.prefix+key, value, works)
 	})
 }
@@ -147,10 +150,14 @@ func (e *Etcd) renew(ctx context.Context, stream etcdserverpb.Lease_LeaseKeepAli
 }
 
 // keepOn repeats f until ctx ends. It tells once that f fails, and once that it
-// works again, which f reports by calling works.
-func (e *Etcd) keepOn(ctx context.Context, what string, f func(ctx context.Context, works func()) error) error {
+// works again, which f reports by calling works. heard, if there is one, is told, too.
+func (e *Etcd) keepOn(ctx context.Context, what string, heard func(error), f func(ctx context.Context, works func()) error) error {
 	failing, pause := false, minPause
+	if heard == nil {
+		heard = func(error) {}
+	}
 	works := func() {
+		heard(nil)
 		if failing {
 			e.log.Info(what + ": works again")
 		}
@@ -168,6 +175,7 @@ func (e *Etcd) keepOn(ctx context.Context, what string, f func(ctx context.Conte
 		case !failing:
 			failing = true
 			e.log.WithError(err).Warn(what + ": fails, and is tried again")
+			heard(err)
 		}
 		t := time.NewTimer(pause)
 		select {
