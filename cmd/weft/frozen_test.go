@@ -9,6 +9,9 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -17,6 +20,7 @@ import (
 
 	"github.com/weftnet/weft/internal/netnstest"
 	"github.com/weftnet/weft/internal/store/etcdtest"
+	"github.com/weftnet/weft/ipam"
 )
 
 // frozenTime is how long a host stands still: with WEFT_SOAK a minute, after which
@@ -139,6 +143,37 @@ func TestNamesMove(t *testing.T) {
 	release(beta, db)
 	if got := request(alpha, "db"); got != db {
 		t.Errorf("made again on the first host it has %s, had %s", got, db)
+	}
+
+	// What is reserved on one host is on the other one, MAC address included.
+	if _, out, errs := weft(t, "", "address", "reserve", "-space", "blue", "mail", "10.44.0.77", "02:00:00:00:00:77", "--socket", filepath.Join(alpha.dir, adminSocket)); !strings.Contains(out, "is reserved for mail") {
+		t.Fatal(out, errs)
+	}
+	named := func() bool {
+		pools := beta.status(t).Pools
+		return slices.ContainsFunc(pools[0].Names, func(n ipam.NameStatus) bool { return n.Name == "mail" })
+	}
+	for i := 0; !named(); i++ {
+		if i == 100 {
+			t.Fatal("the other host does not know of a reservation")
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	if got := request(beta, "mail"); got != "10.44.0.77/22" {
+		t.Errorf("by reservation: %s", got)
+	}
+	beta.must(t, "NetworkDriver.CreateNetwork", `{"NetworkID":"`+netID+`","Options":{"com.docker.network.generic":{}},`+
+		`"IPv4Data":[{"AddressSpace":"weft-local","Pool":"10.44.0.0/22","Gateway":"10.44.0.1/22"}],"IPv6Data":[]}`)
+	m := beta.must(t, "NetworkDriver.CreateEndpoint", fmt.Sprintf(
+		`{"NetworkID":%q,"EndpointID":%q,"Interface":{"Address":"10.44.0.77/22","AddressIPv6":"","MacAddress":""},"Options":{}}`, netID, strings.Repeat("e", 64)))
+	if mac := m["Interface"].(map[string]any)["MacAddress"]; mac != "02:00:00:00:00:77" {
+		t.Errorf("its MAC address is %v", mac)
+	}
+	_, out, _ := weft(t, "", "status", "pools", "--socket", filepath.Join(beta.dir, adminSocket))
+	for _, line := range []string{"db .* in use on ", "mail +10.44.0.77 +02:00:00:00:00:77 .* reserved, in use\n"} {
+		if !regexp.MustCompile(line).MatchString(out) {
+			t.Errorf("status lacks %q:\n%s", line, out)
+		}
 	}
 }
 

@@ -95,6 +95,9 @@ func (s *shortcuts) usableLocked(until time.Time) bool {
 	b.rule(table, s.probe, shortcutMap{"probe", true})
 	b.table(table, unix.NFT_MSG_DELTABLE)
 	err := s.commitLocked(until, b)
+	if errors.Is(err, os.ErrDeadlineExceeded) || errors.Is(err, unix.ENOBUFS) || errors.Is(err, unix.ENOMEM) {
+		return false // that is no answer: it is asked again the next time
+	}
 	can := err == nil
 	s.can = &can
 	if !can {
