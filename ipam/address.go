@@ -318,15 +318,18 @@ func (p *pool) gateway() netip.Addr {
 // write writes the record of an address that is marked as taken and busy, and
 // ends its being busy. doubtful: there may be a record from a write before.
 func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressRequest, doubtful bool) error {
-	k, name := r.kind, r.name
+	k, name, kept := r.kind, r.name, uint64(0)
 	if p.shared() {
 		p.mu.Lock()
+		if b := p.byAddr[a]; b != nil && b.name == name && !b.Released.IsZero() {
+			kept = b.rev
+		}
 		if !p.binds(name, a) {
 			name = ""
 		}
 		p.mu.Unlock()
 	}
-	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k, name)
+	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k, name, kept)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	b := p.busy[a]

@@ -31,7 +31,7 @@ func benchPool(b *testing.B, h *house, id string) addressRequest {
 	b.Helper()
 	p, err := parsePoolID(id)
 	if err == nil {
-		_, err = h.requestPool(b.Context(), poolRequest{poolID: p})
+		_, err = h.requestPool(b.Context(), poolRequest{poolID: p, opts: plain})
 	}
 	if err != nil {
 		b.Fatal(err)
@@ -71,11 +71,21 @@ func BenchmarkRequestAddress(b *testing.B) {
 // BenchmarkBoundName has containers of a name come back to their address, and
 // containers without a name get one, in turn.
 func BenchmarkBoundName(b *testing.B) {
-	h := durable(b)
-	unnamed := benchPool(b, h, "weft-local,10.0.0.0/16")
-	requests := [2]addressRequest{benchPool(b, h, "weft-local,11.0.0.0/16"), unnamed}
+	benchBound(b, durable(b), "weft-local")
+}
+
+// BenchmarkSharedBoundName does so in a space that hosts share.
+func BenchmarkSharedBoundName(b *testing.B) {
+	c := etcdtest.Start(b, etcdtest.Config{})
+	benchBound(b, newHost(b, "alpha", openEtcd(b, c.Endpoints, "")), "space=blue")
+}
+
+func benchBound(b *testing.B, h *house, space string) {
+	b.Helper()
+	requests := [2]addressRequest{benchPool(b, h, space+",11.0.0.0/16"), benchPool(b, h, space+",10.0.0.0/16")}
 	const names = 64
 	name := func(i int) string { return fmt.Sprintf("web-%d", i%names) }
+	has := map[string]netip.Prefix{}
 	for i := range names { // each has one to come back to
 		r := requests[0]
 		r.name = name(i)
@@ -86,6 +96,7 @@ func BenchmarkBoundName(b *testing.B) {
 		if err != nil {
 			b.Fatal(err)
 		}
+		has[r.name] = a
 	}
 	var request, release [2][]time.Duration
 	for i := 0; b.Loop(); i++ {
@@ -103,6 +114,9 @@ func BenchmarkBoundName(b *testing.B) {
 			}
 			if err != nil {
 				b.Fatal(err)
+			}
+			if k == 0 && a != has[r.name] {
+				b.Fatalf("%s has %s, had %s", r.name, a, has[r.name])
 			}
 			request[k] = append(request[k], t1.Sub(t0))
 			release[k] = append(release[k], time.Since(t1))

@@ -307,7 +307,7 @@ func (s *shared) leave(ctx context.Context, k poolKey) error {
 }
 
 // putAddress implements home. A gateway is that of all hosts.
-func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, owner string) (uint64, error) {
+func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, owner string, kept uint64) (uint64, error) {
 	if s.claims == nil {
 		return 0, errNoCluster
 	}
@@ -316,7 +316,7 @@ func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kin
 	if err := s.forget(ctx, key); err != nil {
 		return 0, err
 	}
-	rev, err := s.claim(ctx, key, as, owner, takeOver)
+	rev, err := s.claim(ctx, key, as, owner, kept, takeOver)
 	if err != nil || as != kindGateway {
 		return rev, err
 	}
@@ -342,21 +342,16 @@ func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kin
 
 // claim writes the record of an address, and goes on until the outcome is
 // clear: the same record is written again until it is there or another one is.
-func (s *shared) claim(ctx context.Context, key string, as kind, owner string, takeOver bool) (uint64, error) {
+func (s *shared) claim(ctx context.Context, key string, as kind, owner string, kept uint64, takeOver bool) (uint64, error) {
 	c := claim{Version: recordVersion, Kind: as, Host: s.host, Name: s.name, Owner: owner, Nonce: rand.Text(), Created: time.Now().UTC()}
 	v, err := json.Marshal(c)
 	if err != nil {
 		return 0, err
 	}
-	unsure, replace := false, uint64(0)
-	look := as == kindNamed // there is one that the name keeps, most likely
+	unsure, replace := false, kept
 	for {
-		var r store.Record
-		err = store.ErrExists
-		if !look {
-			r, err = s.Put(ctx, store.Record{Key: key, Value: v, Rev: replace})
-		}
-		if look = false; err == nil {
+		r, err := s.Put(ctx, store.Record{Key: key, Value: v, Rev: replace})
+		if err == nil {
 			return r.Rev, nil
 		}
 		if errors.Is(err, store.ErrExists) && as == kindAuto && !unsure && !takeOver {

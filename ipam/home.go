@@ -17,7 +17,9 @@ type home interface {
 	putPool(ctx context.Context, p *pool) error
 	// dropPool deletes it with all addresses.
 	dropPool(ctx context.Context, k poolKey) error
-	putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, name string) (rev uint64, err error)
+	// putAddress makes the record of an address. kept is the revision of the
+	// claim that the name keeps, in a shared space, if it is known.
+	putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, name string, kept uint64) (rev uint64, err error)
 	dropAddress(ctx context.Context, k poolKey, a netip.Addr) error
 }
 
@@ -94,7 +96,7 @@ func (d disk) dropPool(ctx context.Context, k poolKey) error {
 	return d.store.DeletePrefix(ctx, k.names())
 }
 
-func (d disk) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, name string) (uint64, error) {
+func (d disk) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, name string, _ uint64) (uint64, error) {
 	v, err := json.Marshal(addressRecord{Version: recordVersion, Kind: as, Name: name, Created: time.Now().UTC()})
 	if err != nil {
 		return 0, err

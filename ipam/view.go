@@ -548,7 +548,7 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 		owner = b.name
 	}
 	p.mu.Unlock()
-	rev, err := i.shared.putAddress(ctx, p.poolKey, c.addr, kindExplicit, owner)
+	rev, err := i.shared.putAddress(ctx, p.poolKey, c.addr, kindExplicit, owner, 0)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	close(b.done)
