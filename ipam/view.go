@@ -456,41 +456,6 @@ func (i *IPAM) noteAgreed(p *pool, t *tablePool) {
 	}
 }
 
-// shareReserved changes what is reserved in a shared space for all hosts. The
-// caller holds changes.
-func (i *IPAM) shareReserved(ctx context.Context, p *pool, change func(map[string]reservation) error) error {
-	ctx, cancel := p.within(ctx)
-	defer cancel()
-	var next tablePool
-	err := i.shared.change(ctx, p.poolKey, func(t *table) (bool, error) {
-		tp := t.at(p.prefix)
-		added, err := parseReserved(tp.Reserved, p.prefix)
-		if err != nil {
-			return false, err
-		}
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if p.closed || len(tp.Hosts) == 0 {
-			return false, errPoolGone
-		}
-		if err := change(added); err != nil {
-			return false, err
-		}
-		tp.Reserved = reservedTexts(added)
-		next = *tp
-		return true, nil
-	})
-	if err != nil {
-		return err
-	}
-	p.mu.Lock()
-	err = p.adopt(&next)
-	lost := p.reserve()
-	p.mu.Unlock()
-	i.forgetNames(ctx, p, lost)
-	return err
-}
-
 // look asks the cluster about an address that a name has a right to and another
 // host has, as far as this one knows: it may have been released just now.
 func (i *IPAM) look(ctx context.Context, p *pool, name string) error {
