@@ -145,6 +145,16 @@ func (w *world) selfMadeByHost(prefix string) string {
 	return fmt.Sprint(n)
 }
 
+// onlyForContainer puts a container on the network lan with IPv6 switched on in it.
+// Since 27 the engine switches it off on each interface that has no address, and
+// has an option to set it on one.
+func onlyForContainer() []string {
+	if suite.version.major < 27 {
+		return []string{"--network", "lan", "--sysctl", "net.ipv6.conf.all.disable_ipv6=0"}
+	}
+	return []string{"--network", "name=lan,driver-opt=com.docker.network.endpoint.sysctls=net.ipv6.conf.IFNAME.disable_ipv6=0"}
+}
+
 // routerTable is about what a container takes from the advertisements of the
 // LAN's router: the engine decides whether it has IPv6 at all, its kernel the
 // rest, and neither driver has a say. It comes last in a table, because the host
@@ -184,7 +194,7 @@ func routerTable(kind string) []group {
 		// address may not be used for a second, so that nobody is asked with it.
 		{
 			", no IPv6 but for the container", lan4Args(), "arrives", "1", own4 + made6 + given + ", " + learned, advertisedMTU, "0", "", false,
-			[]string{"--sysctl", "net.ipv6.conf.all.disable_ipv6=0"},
+			onlyForContainer(),
 		},
 	} {
 		if kind == "ipvlan" && !x.ipvlan {
@@ -207,7 +217,10 @@ func routerTable(kind string) []group {
 			setup: func(w *world) {
 				w.beyond()
 				w.onLAN("lan", kind, x.args...)
-				w.run("alpha", append([]string{"--network", "lan"}, x.run...)...)
+				if x.run == nil {
+					x.run = []string{"--network", "lan"}
+				}
+				w.run("alpha", x.run...)
 			},
 		})
 	}
