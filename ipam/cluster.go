@@ -327,13 +327,13 @@ func (s *shared) dropAddress(ctx context.Context, k poolKey, a netip.Addr) error
 	return s.forget(ctx, k.claim(a))
 }
 
-// evict deletes the record that another host has of an address, unless it has
-// changed since it was read.
-func (s *shared) evict(ctx context.Context, k poolKey, a netip.Addr, rev uint64) error {
+// evict takes an address from another host, unless the claim has changed since it
+// was read. A name keeps it.
+func (s *shared) evict(ctx context.Context, k poolKey, a netip.Addr, h heldClaim) error {
 	if s.claims == nil {
 		return errNoCluster
 	}
-	err := s.Remove(ctx, store.Record{Key: k.claim(a), Rev: rev})
+	err := s.letGo(ctx, store.Record{Key: k.claim(a), Rev: h.rev}, h.claim)
 	if errors.Is(err, store.ErrConflict) {
 		return fmt.Errorf("address %s of pool %s has just changed hands: look at it again", a, k.prefix)
 	}
@@ -356,17 +356,19 @@ func (s *shared) unclaim(ctx context.Context, key string) error {
 		if c.Host != s.host || c.Kind == kindGateway {
 			return nil
 		}
-		kept := c.claim
-		kept.Kind, kept.Host, kept.Name, kept.Nonce, kept.Released = kindKept, "", "", "", time.Now().UTC()
-		if c.Owner == "" {
-			err = s.Remove(ctx, r)
-		} else {
-			err = s.rewrite(ctx, r, kept)
-		}
-		if !errors.Is(err, store.ErrConflict) {
+		if err = s.letGo(ctx, r, c.claim); !errors.Is(err, store.ErrConflict) {
 			return err
 		}
 	}
+}
+
+// letGo ends a claim as it was read: it goes, or is left to no host.
+func (s *shared) letGo(ctx context.Context, r store.Record, c claim) error {
+	if c.Owner == "" {
+		return s.Remove(ctx, r)
+	}
+	c.Kind, c.Host, c.Name, c.Nonce, c.Released = kindKept, "", "", "", time.Now().UTC()
+	return s.rewrite(ctx, r, c)
 }
 
 // rewrite replaces a claim as it was read. One that has changed since, or is

@@ -248,7 +248,7 @@ func TestDeadHost(t *testing.T) {
 	expect(t, all, `
 		alpha: pool local 10.44.0.0/16 space=blue -> BLUE
 		beta: pool local 10.44.0.0/16 space=blue -> BLUE
-		beta: addr BLUE 10.44.0.9 -> 10.44.0.9/16`)
+		beta: addr BLUE 10.44.0.9 for db -> 10.44.0.9/16`)
 	soon(t, "what beta has", func() bool { return all[0].Status(t.Context()).Pools[0].UsedByAll == 1 })
 	all[1].stop()
 	all[1].stop = func() {}
@@ -261,7 +261,9 @@ func TestDeadHost(t *testing.T) {
 		t.Error(done, err)
 	}
 	soon(t, "that it is free", func() bool { return all[0].Status(t.Context()).Pools[0].UsedByAll == 0 })
-	expect(t, all, `alpha: addr BLUE 10.44.0.9 -> 10.44.0.9/16`)
+	expect(t, all, `
+		alpha: addr BLUE -> 10.44.0.1/16
+		alpha: addr BLUE for db -> 10.44.0.9/16`)
 }
 
 // TestSharedConcurrent: no address is given to two, whoever asks where.

@@ -114,7 +114,7 @@ func (i *IPAM) orderRelease(ctx context.Context, p *pool, o Order) (string, erro
 		return "", fmt.Errorf("pool %s is that of another driver's network, whose containers are not known: if none has %s, repeat with -force", p.prefix, o.Address)
 	}
 	if foreign {
-		if err := i.shared.evict(ctx, p.poolKey, o.Address, other.rev); err != nil {
+		if err := i.shared.evict(ctx, p.poolKey, o.Address, other); err != nil {
 			return "", err
 		}
 		return fmt.Sprintf("address %s of pool %s is free; it was held by host %s", o.Address, p.prefix, other.Name), nil
