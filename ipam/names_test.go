@@ -58,6 +58,8 @@ func TestPoolOptions(t *testing.T) {
 		{"10.0.0.0/24", "quarantine", "60", "a time is written as 90s, 5m or 24h"},
 		{"10.0.0.0/24", "keep", "-1s", "a time is written as"},
 		{"10.0.0.0/24", "quarantin", "60s", `did you mean "quarantine"?`},
+		{"10.0.0.0/24", "reserv.db", "10.0.0.5", `did you mean "reserve.NAME"?`},
+		{"10.0.0.0/24", "reserve", "10.0.0.5", `did you mean "reserve.NAME"?`},
 	} {
 		_, err := h.pooled(c.prefix, map[string]string{c.key: c.value})
 		if err == nil || !strings.Contains(err.Error(), c.want) || !strings.Contains(err.Error(), c.key) {

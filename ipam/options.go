@@ -75,7 +75,12 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 			continue
 		default:
 			valid := []string{"space", "dhcp", "quarantine", "keep", reserveOption + "NAME"}
-			return o, fmt.Errorf("ipam option %q is not known: did you mean %q? valid are %s", k, plugin.Nearest(k, valid), strings.Join(valid, ", "))
+			word, _, _ := strings.Cut(k, ".")
+			near := plugin.Nearest(word, []string{"space", "dhcp", "quarantine", "keep", "reserve"})
+			if near+"." == reserveOption {
+				near += ".NAME"
+			}
+			return o, fmt.Errorf("ipam option %q is not known: did you mean %q? valid are %s", k, near, strings.Join(valid, ", "))
 		}
 		if err != nil {
 			return o, fmt.Errorf("ipam option %s=%s: %w", k, v, err)

@@ -151,6 +151,9 @@ func ask(ctx context.Context, socket, method, path string, send io.Reader, into 
 		if json.Unmarshal(body, &f) != nil || f.Error == "" {
 			f.Error = resp.Status
 		}
+		if method == http.MethodPost && resp.StatusCode != http.StatusNotFound {
+			return errors.New(f.Error) // what is wrong with the order; who was asked is no part of that
+		}
 		return fmt.Errorf("ask %s for %s: %s", socket, path, f.Error)
 	}
 	if err := json.Unmarshal(body, into); err != nil {
