@@ -644,15 +644,19 @@ func TestFailEveryWriteOnce(t *testing.T) {
 			got := map[string]string{}
 			hit := false
 			for _, l := range []string{
-				"pool local 10.44.0.0/24 space=blue", "gw ID", "addr ID", "addr ID 10.44.0.9", "addr ID", "free ID 10.44.0.9", "unpool ID",
+				"pool local 10.44.0.0/24 space=blue", "gw ID", "addr ID", "addr ID 10.44.0.9", "addr ID", "free ID 10.44.0.9",
+				"addr ID 10.44.0.8 for db", "free ID 10.44.0.8", "addr ID for db", "free ID 10.44.0.8", "unpool ID",
 			} {
 				if l == "unpool ID" { // what the other host sees before it
 					beta.do("pool local 10.44.0.0/24 space=blue")
+					if a := beta.do("addr space=blue,10.44.0.0/24 for db"); !hit && a != "10.44.0.8/24" || got[a] != "" {
+						t.Errorf("%s at %d: db has %s on the other host", mode, at, a)
+					}
 					if gw := beta.do("gw space=blue,10.44.0.0/24"); gw != "10.44.0.1/24" {
 						t.Errorf("%s at %d: gateway %s", mode, at, gw)
 					}
 					for a, by := range got {
-						if a, _, _ := strings.Cut(a, "/"); by != "gw ID" && by != "addr ID 10.44.0.9" {
+						if a, _, _ := strings.Cut(a, "/"); by != "gw ID" {
 							if refused := beta.do("addr space=blue,10.44.0.0/24 " + a); !strings.Contains(refused, "alpha") {
 								t.Errorf("%s at %d: %s of alpha, asked for by beta: %s", mode, at, a, refused)
 							}
@@ -674,6 +678,12 @@ func TestFailEveryWriteOnce(t *testing.T) {
 					if !strings.HasPrefix(l, "free") && !strings.HasPrefix(l, "unpool") {
 						a = alpha.do(l)
 					}
+				}
+				if f, ok := strings.CutPrefix(l, "free space=blue,10.44.0.0/24 "); ok {
+					delete(got, f+"/24") // the engine never asks again
+				}
+				if l == "addr space=blue,10.44.0.0/24 for db" && !hit && a != "10.44.0.8/24" {
+					t.Errorf("%s at %d: db has %s, had 10.44.0.8", mode, at, a)
 				}
 				if strings.Contains(a, "/24") && !strings.HasPrefix(l, "pool") {
 					if by, ok := got[a]; ok && !strings.HasPrefix(l, "gw") {

@@ -154,6 +154,16 @@ func TestSharedNames(t *testing.T) {
 			beta: addr P29 for b -> error: no free address left…
 			alpha: unpool P29 -> ok
 			beta: unpool P29 -> ok`,
+		"IPv6": `
+			alpha: pool local fd44::/64 space=blue reserve.web=10.44.0.9,fd44::9 -> P6
+			beta: pool local fd44::/64 space=blue -> P6
+			alpha: addr P6 for db -> fd44::1/64
+			beta: knows db fd44::1 alpha, web fd44::9 -
+			alpha: free P6 fd44::1 -> ok
+			beta: addr P6 for db -> fd44::1/64
+			beta: addr P6 for web -> fd44::9/64
+			alpha: unpool P6 -> ok
+			beta: unpool P6 -> ok`,
 		"for a time, or not at all": `
 			alpha: pool local 10.44.0.0/16 space=blue keep=0 -> BLUE
 			beta: pool local 10.44.0.0/16 space=blue -> BLUE
@@ -193,7 +203,7 @@ func TestSharedNames(t *testing.T) {
 				} else if n, ok := strings.CutPrefix(rest, "sees "); ok {
 					soon(t, line, func() bool { return n == all[at].usedByAll() })
 				} else if rest != "" {
-					expect(t, all, strings.ReplaceAll(line, "P29", "space=blue,10.44.0.0/29"))
+					expect(t, all, strings.NewReplacer("P29", "space=blue,10.44.0.0/29", "P6", "space=blue,fd44::/64").Replace(line))
 				}
 			}
 			if left := inEtcd(t, all[0].shared); len(left) > 0 {
