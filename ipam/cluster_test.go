@@ -199,14 +199,7 @@ func TestSharedSpace(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			_, all := newHosts(t, 3)
 			expect(t, all, script)
-			if left := inEtcd(t, all[0].shared); len(left) > 0 {
-				t.Errorf("left in etcd: %v", left)
-			}
-			for _, h := range all {
-				if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) > 0 {
-					t.Errorf("left on %s: %v, %v", h.name, left, err)
-				}
-			}
+			nothingLeft(t, all)
 		})
 	}
 }

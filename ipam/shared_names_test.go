@@ -8,6 +8,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/weftnet/weft/internal/store/etcdtest"
 )
 
 // names is what status says of the names of the first pool: NAME ADDRESS, and
@@ -206,14 +208,7 @@ func TestSharedNames(t *testing.T) {
 					expect(t, all, strings.NewReplacer("P29", "space=blue,10.44.0.0/29", "P6", "space=blue,fd44::/64").Replace(line))
 				}
 			}
-			if left := inEtcd(t, all[0].shared); len(left) > 0 {
-				t.Errorf("left in etcd: %v", left)
-			}
-			for _, h := range all {
-				if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) > 0 {
-					t.Errorf("left on %s: %v, %v", h.name, left, err)
-				}
-			}
+			nothingLeft(t, all)
 		})
 	}
 }
@@ -270,4 +265,47 @@ func TestSharedNameLate(t *testing.T) {
 		alpha: addr BLUE for db -> 10.44.0.2/16
 		alpha: addr BLUE for web -> 10.44.0.3/16
 		beta: free BLUE 10.44.0.1 -> ok`)
+}
+
+// TestSharedReserveCut: the host dies after it wrote that an address is reserved,
+// before it has taken it from the name that keeps it.
+func TestSharedReserveCut(t *testing.T) {
+	c := etcdtest.Start(t, etcdtest.Config{})
+	s := &shaky{cluster: openEtcd(t, c.Endpoints, ""), at: -1}
+	all := []*house{newHost(t, "alpha", s), newHost(t, "beta", openEtcd(t, c.Endpoints, ""))}
+	alpha := all[0]
+	expect(t, all, `
+		alpha: pool local 10.44.0.0/16 space=blue -> BLUE
+		alpha: addr BLUE for db -> 10.44.0.1/16
+		alpha: free BLUE 10.44.0.1 -> ok`)
+	s.mu.Lock()
+	s.mode, s.at = "crash before", s.n.Load()+1 // the write after that of the table
+	s.mu.Unlock()
+	alpha.do("reserve blue 10.44.0.1 web")
+	soon(t, "the host is dead", s.died)
+	s.calm()
+	alpha.restart()
+	expect(t, all, `
+		alpha: addr BLUE for db -> 10.44.0.2/16
+		alpha: addr BLUE -> 10.44.0.3/16
+		alpha: addr BLUE for web -> 10.44.0.1/16
+		beta: pool local 10.44.0.0/16 space=blue -> BLUE
+		alpha: free BLUE 10.44.0.1 -> ok
+		beta: addr BLUE for web -> 10.44.0.1/16
+		alpha: unpool BLUE -> ok
+		beta: unpool BLUE -> ok`)
+	nothingLeft(t, all)
+}
+
+// nothingLeft: in etcd and on the disks of the hosts.
+func nothingLeft(t *testing.T, all []*house) {
+	t.Helper()
+	if left := inEtcd(t, all[0].shared); len(left) > 0 {
+		t.Errorf("left in etcd: %v", left)
+	}
+	for _, h := range all {
+		if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) > 0 {
+			t.Errorf("left on %s: %v, %v", h.name, left, err)
+		}
+	}
 }

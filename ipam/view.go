@@ -341,9 +341,11 @@ func (i *IPAM) note(p *pool, a netip.Addr, h heldClaim) {
 }
 
 // mark takes over who has an address that is not this host's, or which name
-// keeps it; p.mu is held.
+// keeps it; p.mu is held. What is reserved is no other name's: whoever reserved it
+// may have died before the claim was deleted, which is replaced when the address
+// is given to whom it is reserved for.
 func (p *pool) mark(a netip.Addr, h heldClaim) {
-	if h.Kind != kindKept || p.reserved(a) {
+	if h.Kind != kindKept {
 		p.take(a, h)
 		return
 	}
@@ -351,7 +353,9 @@ func (p *pool) mark(a netip.Addr, h heldClaim) {
 	delete(p.gateways, a)
 	p.taken.remove(a)
 	p.nameIt(a, h)
-	p.restIn(&p.kept, release{a, h.Released})
+	if !p.reserved(a) {
+		p.restIn(&p.kept, release{a, h.Released})
+	}
 }
 
 // take marks an address as somebody else's; p.mu is held.
