@@ -378,7 +378,7 @@ func TestDamage(t *testing.T) {
 		}
 	}
 	step := 13
-	if testing.Short() || raceEnabled {
+	if raceEnabled {
 		step = 61
 	}
 	for i := 0; i < len(good); i += step {

@@ -29,7 +29,7 @@ func FuzzOpen(f *testing.F) {
 	f.Add([]byte("not a store"), 3, byte(1))
 	f.Fuzz(func(t *testing.T, data []byte, at int, flip byte) {
 		if len(data) > 1<<20 {
-			t.Skip("bbolt maps the whole file")
+			return // bbolt maps the whole file
 		}
 		if at >= 0 && at < len(data) {
 			data = bytes.Clone(data) // it belongs to the fuzzer
