@@ -95,8 +95,9 @@ type shared struct {
 
 	mu     sync.Mutex
 	loaded bool // the pools of this host are known
-	// doubt has the nonces of writes that were given up with an unknown
-	// outcome. Such a write may still land, whatever is done meanwhile.
+	// doubt has the nonces of writes with an unknown outcome. Such a write may
+	// still land, whatever is done meanwhile, and also if it was repeated and
+	// that has succeeded.
 	doubt map[string]bool
 	owed  map[string]bool // keys that are on disk as to be deleted
 }
@@ -164,9 +165,6 @@ func (s *shared) putPool(ctx context.Context, p *pool) error {
 		tp.Hosts[s.host] = m
 		return changed || !ok || have.Name != m.Name || have.SubPool != m.SubPool, err
 	})
-	if errors.Is(err, store.ErrUncertain) {
-		s.doubts(m.Nonce)
-	}
 	if err == nil {
 		p.rev = 1 // there is a record; which revision it has is not needed
 	}
@@ -298,20 +296,22 @@ func (s *shared) claim(ctx context.Context, key string, as kind, owner string, k
 				continue
 			}
 		}
-		unsure = unsure || errors.Is(err, store.ErrUncertain)
-		if errors.Is(err, store.ErrUncertain) && s.pause(ctx) {
-			continue
+		if errors.Is(err, store.ErrUncertain) {
+			unsure = true
+			s.doubts(c.Nonce)
+			if s.pause(ctx) {
+				continue
+			}
 		}
 		if unsure {
-			s.doubts(c.Nonce)
 			err = uncertain(err)
 		}
 		return 0, err
 	}
 }
 
-// mayHave reports whether a claim is one that this host wrote and gave up, or
-// was about to delete.
+// mayHave reports whether a claim to an address that this host has not is one
+// that it wrote all the same, or was about to delete.
 func (s *shared) mayHave(h heldClaim, takeOver bool) bool {
 	return h.Host == s.host && (takeOver || s.doubted(h.Nonce))
 }
@@ -449,6 +449,9 @@ func uncertain(err error) error {
 }
 
 func (s *shared) doubts(nonce string) {
+	if nonce == "" {
+		return
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.doubt[nonce] = true

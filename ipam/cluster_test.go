@@ -551,11 +551,12 @@ type shaky struct {
 	cluster
 	n    atomic.Int64
 	at   int64  // which call; -1: none
-	mode string // as in faulty, or "late": it lands when land is called
+	mode string // as in faulty; "late": it lands when land is called, and so do all that follow; "late once"
 
-	mu   sync.Mutex
-	late []func()
-	dead bool
+	mu      sync.Mutex
+	late    []func()
+	dead    bool
+	removed func() // happens after a Remove, before its caller goes on
 }
 
 func (s *shaky) call(do func() error) error {
@@ -574,9 +575,11 @@ func (s *shaky) call(do func() error) error {
 	switch s.mode {
 	case "fail", "crash before":
 		return errDisk
-	case "late":
+	case "late", "late once":
 		s.late = append(s.late, func() { _ = do() })
-		s.at = n + 1 // and all that follow
+		if s.mode == "late" {
+			s.at = n + 1
+		}
 	case "uncertain after", "crash after":
 		_ = do()
 	}
@@ -589,7 +592,15 @@ func (s *shaky) Put(ctx context.Context, r store.Record) (out store.Record, err 
 }
 
 func (s *shaky) Remove(ctx context.Context, r store.Record) error {
-	return s.call(func() error { return s.cluster.Remove(context.WithoutCancel(ctx), r) })
+	err := s.call(func() error { return s.cluster.Remove(context.WithoutCancel(ctx), r) })
+	s.mu.Lock()
+	removed := s.removed
+	s.removed = nil
+	s.mu.Unlock()
+	if removed != nil {
+		removed()
+	}
+	return err
 }
 
 // trouble makes the next call fail.
@@ -704,42 +715,102 @@ func TestFailEveryWriteOnce(t *testing.T) {
 	}
 }
 
-// TestLateWrites: a write that was given up lands when all is over.
+// TestLateWrites: a write whose outcome was unknown lands when all is over.
 func TestLateWrites(t *testing.T) {
 	_, all := newHosts(t, 2)
 	s := &shaky{cluster: all[0].shared, at: -1, mode: "late"}
 	alpha, beta := newHost(t, "gamma", s), all[1]
-	alpha.do("pool local 10.44.0.0/16 space=blue")
-	beta.do("pool local 10.44.0.0/16 space=blue")
-	short := func(line string) string { // with less time than the engine gives
+	const red16 = "space=red,10.44.0.0/16"
+	blue, _ := parsePoolID(blue16)
+	red, _ := parsePoolID(red16)
+	for _, h := range []*house{alpha, beta} {
+		h.do("pool local 10.44.0.0/16 space=blue")
+	}
+	// Asked with less time than the engine gives.
+	address := func(t *testing.T, a string) {
+		t.Helper()
 		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
 		defer cancel()
-		id, _ := parsePoolID(blue16)
-		_, err := alpha.requestAddress(ctx, addressRequest{id: id, want: netip.MustParseAddr(line), kind: kindExplicit})
-		return fmt.Sprint(err)
+		_, err := alpha.requestAddress(ctx, addressRequest{id: blue, want: netip.MustParseAddr(a), kind: kindExplicit})
+		if !errors.Is(err, store.ErrUncertain) {
+			t.Fatal(err)
+		}
+		s.calm()
 	}
-	s.trouble("late")
-	if got := short("10.44.0.7"); !strings.Contains(got, "may or may not") {
-		t.Fatal(got)
+	reference := func(t *testing.T) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
+		defer cancel()
+		if _, err := alpha.requestPool(ctx, poolRequest{poolID: red}); !errors.Is(err, store.ErrUncertain) {
+			t.Fatal(err)
+		}
+		s.calm()
+		soon(t, "the pool is released", func() bool { return alpha.pool(red.poolKey) == nil })
 	}
-	s.calm()
-	id, _ := parsePoolID(blue16)
-	soon(t, "the address is free again", func() bool { return !alpha.pool(id.poolKey).has("10.44.0.7") })
-	s.land()
-	soon(t, "what landed is gone", func() bool { return beta.do("addr "+blue16+" 10.44.0.7") == "10.44.0.7/16" })
+	must := func(t *testing.T, h *house, line, want string) {
+		t.Helper()
+		if got := h.do(line); got != want {
+			t.Fatalf("%s: %s, want %s", line, got, want)
+		}
+	}
+	gone := func(t *testing.T, a string) {
+		t.Helper()
+		s.land()
+		soon(t, "what landed is gone", func() bool { return beta.do("addr "+blue16+" "+a) == a+"/16" })
+	}
+	redGone := func(t *testing.T) {
+		t.Helper()
+		soon(t, "what landed is gone", func() bool { return !strings.Contains(fmt.Sprint(inEtcd(t, s)), "space/red") })
+	}
 
-	// A reference, likewise.
-	s.trouble("late")
-	ctx, cancel := context.WithTimeout(t.Context(), 300*time.Millisecond)
-	defer cancel()
-	red, _ := parsePoolID("space=red,10.44.0.0/16")
-	if _, err := alpha.requestPool(ctx, poolRequest{poolID: red}); !errors.Is(err, store.ErrUncertain) {
-		t.Fatal(err)
-	}
-	s.calm()
-	soon(t, "the pool is released", func() bool { return alpha.pool(red.poolKey) == nil })
-	s.land()
-	soon(t, "what landed is gone", func() bool { return !strings.Contains(fmt.Sprint(inEtcd(t, s)), "space/red") })
+	t.Run("address", func(t *testing.T) {
+		s.trouble("late")
+		address(t, "10.44.0.7")
+		soon(t, "the address is free again", func() bool { return !alpha.pool(blue.poolKey).has("10.44.0.7") })
+		gone(t, "10.44.0.7")
+	})
+	t.Run("address, repeated and released", func(t *testing.T) {
+		s.trouble("late once")
+		must(t, alpha, "addr "+blue16+" 10.44.0.8", "10.44.0.8/16")
+		must(t, alpha, "free "+blue16+" 10.44.0.8", "ok")
+		gone(t, "10.44.0.8")
+	})
+	t.Run("reference", func(t *testing.T) {
+		s.trouble("late")
+		reference(t)
+		s.land()
+		redGone(t)
+	})
+	t.Run("reference, repeated and released", func(t *testing.T) {
+		s.trouble("late once")
+		must(t, alpha, "pool local 10.44.0.0/16 space=red", red16)
+		must(t, alpha, "unpool "+red16, "ok")
+		s.land()
+		redGone(t)
+	})
+	t.Run("reference, again when it is just given up", func(t *testing.T) {
+		s.trouble("late")
+		reference(t)
+		done := make(chan struct{})
+		s.mu.Lock()
+		late := s.late
+		s.late = nil
+		s.removed = func() {
+			defer close(done)
+			late[1]()
+			time.Sleep(200 * time.Millisecond) // alpha hears of it
+		}
+		s.mu.Unlock()
+		late[0]()
+		<-done
+		redGone(t)
+	})
+	t.Run("address of a pool that was released", func(t *testing.T) {
+		s.trouble("late")
+		address(t, "10.44.0.9")
+		must(t, alpha, "unpool "+blue16, "ok")
+		gone(t, "10.44.0.9")
+	})
 }
 
 func (p *pool) has(a string) bool {

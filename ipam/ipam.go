@@ -454,9 +454,10 @@ func (i *IPAM) releasePool(ctx context.Context, id poolID) error {
 }
 
 // drop deletes a pool with all its addresses: the engine does not release
-// those that are left. The caller holds changes. It may be repeated.
+// those that are left. The caller holds changes. It may be repeated. p may be one
+// that this host has not, in a shared space: what it has there all the same goes.
 func (i *IPAM) drop(ctx context.Context, p *pool) error {
-	if i.pool(p.poolKey) != p {
+	if have := i.pool(p.poolKey); have != p && (have != nil || !p.shared()) {
 		return nil
 	}
 	p.mu.Lock()

@@ -108,7 +108,9 @@ func (s *shared) change(ctx context.Context, k poolKey, f func(*table) (bool, er
 			if ferr != nil || !changed {
 				return ferr
 			}
-			err = s.writeTable(ctx, k, t, rev)
+			if err = s.writeTable(ctx, k, t, rev); errors.Is(err, store.ErrUncertain) {
+				s.doubts(t.at(k.prefix).Hosts[s.host].Nonce)
+			}
 		}
 		switch {
 		case err == nil:

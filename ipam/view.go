@@ -221,6 +221,11 @@ func (i *IPAM) snapshot(ctx context.Context, list []store.Record) {
 	for space, t := range tables {
 		i.noteTable(space, t)
 	}
+	for k, addrs := range held {
+		for _, h := range addrs {
+			i.noteLate(k, h.Host, h.Nonce)
+		}
+	}
 }
 
 func (i *IPAM) event(e store.Event) {
@@ -235,7 +240,11 @@ func (i *IPAM) event(e store.Event) {
 		return
 	}
 	p := i.pool(k)
-	if p == nil {
+	if !p.open() {
+		if !e.Deleted {
+			h := decodeClaim(e.Record)
+			i.noteLate(k, h.Host, h.Nonce)
+		}
 		return
 	}
 	p.mu.Lock()
@@ -429,18 +438,16 @@ func (i *IPAM) noteTable(space string, t table) {
 		}
 	}
 	for prefix, tp := range t.Pools {
-		m := tp.Hosts[i.shared.host]
-		if !i.shared.doubted(m.Nonce) {
-			continue
-		}
-		i.mu.Lock()
-		if k := (poolKey{space, prefix}); i.pools[k] == nil { // a write that was given up has landed
-			p := newPool(poolID{k, m.SubPool})
-			p.releasing, p.closed = true, true
-			i.pools[k] = p
-			i.later(cleanup{pool: p})
-		}
-		i.mu.Unlock()
+		i.noteLate(poolKey{space, prefix}, i.shared.host, tp.Hosts[i.shared.host].Nonce)
+	}
+}
+
+// noteLate takes over what a host has written of a pool that this one has not, or
+// is just giving up. Where that is this one's own, of a write whose outcome was
+// unknown, it gives the pool up after that, once more.
+func (i *IPAM) noteLate(k poolKey, host, nonce string) {
+	if host == i.shared.host && i.shared.doubted(nonce) && !i.pool(k).open() {
+		i.later(cleanup{pool: newPool(poolID{poolKey: k})})
 	}
 }
 
