@@ -40,6 +40,12 @@ func runInit(args []string, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	// A new namespace inherits IPv4 settings from the first one (kernel
+	// documentation, net.core.devconf_inherit_init_net), where an engine may have
+	// run: with forwarding on already, an engine leaves the policy of FORWARD alone.
+	if err := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0); err != nil {
+		return fmt.Errorf("switch forwarding off: %w", err)
+	}
 	if _, err := io.WriteString(out, "ready\n"); err != nil {
 		return err
 	}

@@ -38,7 +38,9 @@ func Enter(tb testing.TB) *NS {
 	return ns
 }
 
-// New makes a namespace with its loopback interface up and stays outside.
+// New makes a namespace with its loopback interface up and stays outside. It
+// does not forward IPv4, whatever the machine's own namespace does, of which the
+// kernel has it inherit that.
 func New(tb testing.TB) *NS {
 	tb.Helper()
 	runtime.LockOSThread()
@@ -55,10 +57,14 @@ func New(tb testing.TB) *NS {
 	}
 	ns := &NS{tb: tb, fd: fd}
 	tb.Cleanup(func() { _ = ns.fd.Close() })
+	werr := os.WriteFile("/proc/sys/net/ipv4/ip_forward", []byte("0"), 0)
 	if err := netns.Set(old); err != nil {
 		tb.Fatalf("leave the new network namespace: %v", err) // still locked: the thread ends with the goroutine
 	}
 	runtime.UnlockOSThread()
+	if werr != nil {
+		tb.Fatalf("switch forwarding off in the new network namespace: %v", werr)
+	}
 	h := ns.handle()
 	defer h.Close()
 	if err := h.LinkSetUp(&netlink.Device{LinkAttrs: netlink.LinkAttrs{Name: "lo", Index: 1}}); err != nil {
