@@ -97,8 +97,8 @@ type shared struct {
 	loaded bool // the pools of this host are known
 	// doubt has the nonces of writes with an unknown outcome. Such a write may
 	// still land, whatever is done meanwhile, and also if it was repeated and
-	// that has succeeded.
-	doubt map[string]bool
+	// that has succeeded: at the revision that is here, else 0.
+	doubt map[string]uint64
 	owed  map[string]bool // keys that are on disk as to be deleted
 }
 
@@ -269,6 +269,7 @@ func (s *shared) claim(ctx context.Context, key string, as kind, owner string, k
 	for {
 		r, err := s.Put(ctx, store.Record{Key: key, Value: v, Rev: replace})
 		if err == nil {
+			s.succeeded(c.Nonce, r.Rev)
 			return r.Rev, nil
 		}
 		if errors.Is(err, store.ErrExists) && as == kindAuto && !unsure && !takeOver {
@@ -281,6 +282,7 @@ func (s *shared) claim(ctx context.Context, key string, as kind, owner string, k
 				h := decodeClaim(have)
 				switch {
 				case h.Nonce == c.Nonce, s.mayHave(h, takeOver) && h.Owner == owner:
+					s.succeeded(h.Nonce, h.rev)
 					return h.rev, nil
 				case s.mayHave(h, takeOver), h.Kind == kindKept && as != kindAuto:
 					replace = h.rev
@@ -454,13 +456,32 @@ func (s *shared) doubts(nonce string) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.doubt[nonce] = true
+	s.doubt[nonce] = 0
+}
+
+// succeeded notes where a write has landed that had an unknown outcome.
+func (s *shared) succeeded(nonce string, rev uint64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if _, ok := s.doubt[nonce]; ok {
+		s.doubt[nonce] = rev
+	}
 }
 
 func (s *shared) doubted(nonce string) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.doubt[nonce]
+	_, ok := s.doubt[nonce]
+	return ok
+}
+
+// late reports whether a claim is one that has landed behind this host's back.
+// News of one that it knows may be as late.
+func (s *shared) late(h heldClaim) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	known, ok := s.doubt[h.Nonce]
+	return ok && h.rev > known
 }
 
 func (s *shared) owes(key string) bool {

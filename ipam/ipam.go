@@ -179,7 +179,7 @@ func New(c Config) (*IPAM, error) {
 	i := &IPAM{
 		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, used: c.Used, log: c.Log, now: time.Now, dhcp: c.DHCP, leases: make(chan struct{}, 1),
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
-		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]bool{}, owed: map[string]bool{}},
+		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]uint64{}, owed: map[string]bool{}},
 	}
 	if c.Shared != nil {
 		i.shared.claims, i.feed = c.Shared, c.Shared

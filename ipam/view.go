@@ -338,8 +338,8 @@ func (i *IPAM) note(p *pool, a netip.Addr, h heldClaim) {
 		p.nameIt(a, h) // which another host may have dropped
 	case mine && h.Kind == kindKept: // a release that was given up has landed
 		i.later(cleanup{pool: p, addr: a, restore: true})
-	case ours && i.shared.doubted(h.Nonce):
-		i.later(p.stray(a)) // a write that was given up has landed
+	case ours && i.shared.late(h):
+		i.later(p.stray(a))
 	default:
 		if mine {
 			delete(p.mine, a)
