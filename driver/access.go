@@ -61,10 +61,8 @@ func (d *Driver) arrive(ctx context.Context, n *network, e *endpoint) error {
 	return d.become(ctx, n, e, rec)
 }
 
-// surroundings are the host's addresses on the parent, and the subnets of our
-// bridges. Not those of the engine's: from version 28 on it drops, before
-// anything of ours could help, what comes to its containers from elsewhere, and
-// the answers to an address that was kept would be that.
+// surroundings are the host's addresses on the parent, and the subnets of its
+// bridges, ours and others', that the network does not have itself.
 func (d *Driver) surroundings(ctx context.Context, n Network) (hosts []netip.Addr, near []netip.Prefix, err error) {
 	f, _, err := d.host.Link(ctx, n.parent())
 	if err != nil {
@@ -77,6 +75,15 @@ func (d *Driver) surroundings(ctx context.Context, n Network) (hosts []netip.Add
 	}
 	if n.Options.layer3() {
 		return hosts, nil, nil
+	}
+	bridged, err := d.host.Bridged(ctx)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, p := range bridged {
+		if !slices.ContainsFunc(n.Subnets, func(s Subnet) bool { return s.Pool.Overlaps(p) }) {
+			near = append(near, p)
+		}
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

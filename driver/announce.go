@@ -75,7 +75,7 @@ func (d *Driver) announce(x news) {
 	link, rec := n.rec.onLAN(), e.rec
 	d.mu.Unlock()
 	for _, a := range rec.Addrs {
-		if err := d.host.Announce(link, a.Addr(), rec.MAC); err != nil {
+		if err := d.lan.Announce(link, a.Addr(), rec.MAC); err != nil {
 			d.log.WithField("network", x.network).WithError(err).Debug("an address was not announced")
 		}
 	}

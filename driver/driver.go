@@ -39,6 +39,12 @@ type host interface {
 	// PathMTU is the MTU of networks that are given none.
 	PathMTU(ctx context.Context) (int, error)
 	Link(ctx context.Context, name string) (datapath.LinkFacts, bool, error)
+	// Bridged are the subnets of bridges that others made for containers.
+	Bridged(ctx context.Context) ([]netip.Prefix, error)
+}
+
+// lan is the stations that a link of the host leads to.
+type lan interface {
 	Probe(ctx context.Context, link string, a netip.Addr) (holder datapath.MAC, taken bool, err error)
 	Announce(link string, a netip.Addr, mac datapath.MAC) error
 }
@@ -49,8 +55,11 @@ type Config struct {
 	Networks, Endpoints records
 	Kernel              kernel
 	Backends            map[string]Backend // by the value of -o mode=
-	Host                host
-	Cluster             cluster // nil where no mode spans hosts
+	Host                interface {
+		host
+		lan
+	}
+	Cluster cluster // nil where no mode spans hosts
 	// Swarm is nil where networks are this host's own (scope local).
 	Swarm swarm
 	// Station returns the MAC address that goes with an address of a subnet, where
@@ -65,6 +74,7 @@ type Driver struct {
 	kernel    kernel
 	backends  map[string]Backend
 	host      host
+	lan       lan
 	cluster   cluster
 	swarm     swarm
 	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
@@ -134,7 +144,7 @@ func New(c Config) (*Driver, error) {
 		c.Station = func(netip.Prefix, netip.Addr) (datapath.MAC, bool) { return datapath.MAC{}, false }
 	}
 	return &Driver{
-		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, cluster: c.Cluster, swarm: c.Swarm,
+		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
 		station: c.Station, log: c.Log,
 		now: time.Now, started: time.Now(), networks: map[string]*network{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil

@@ -560,6 +560,7 @@ type fakeHost struct {
 	probes  []string                    // what was asked for
 
 	announced []string
+	bridged   []netip.Prefix
 }
 
 func (h *fakeHost) PathMTU(context.Context) (int, error) { return h.mtu, nil }
@@ -576,6 +577,12 @@ func (h *fakeHost) Link(_ context.Context, name string) (datapath.LinkFacts, boo
 		return datapath.LinkFacts{Name: name, Kind: "vlan", Ours: true, Up: true, MTU: 1500}, true, nil
 	}
 	return datapath.LinkFacts{}, false, nil
+}
+
+func (h *fakeHost) Bridged(context.Context) ([]netip.Prefix, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.bridged), nil
 }
 
 func (h *fakeHost) Probe(_ context.Context, link string, a netip.Addr) (datapath.MAC, bool, error) {

@@ -67,6 +67,8 @@ func TestParent(t *testing.T) {
 			r := newRig(t)
 			r.must("CreateNetwork", createNetwork(net2, "10.9.0.0/24", ""))
 			r.must("CreateNetwork", createNetwork(net3, "10.8.0.0/24", `{"egress":"none"}`)) // reaches nobody
+			r.host.bridged = []netip.Prefix{netip.MustParsePrefix("172.17.0.0/16"), netip.MustParsePrefix("fd00:17::/64"),
+				netip.MustParsePrefix("10.1.0.0/16")} // the network's own subnet is in it
 			d := r.d
 			n, err := c.network(t, d)
 			if err != nil {
@@ -307,7 +309,7 @@ func TestAnnounce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newFakeKernel(&faults{})
 		h := newFakeHost(k, 1500)
-		d := &Driver{host: h, log: quiet(), networks: map[string]*network{}, news: make(chan news, mostNews)}
+		d := &Driver{host: h, lan: h, log: quiet(), networks: map[string]*network{}, news: make(chan news, mostNews)}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- d.Announce(ctx) }()

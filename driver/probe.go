@@ -63,7 +63,7 @@ func (d *Driver) vet(ctx context.Context, n *network, a netip.Addr) error {
 	if link == "" || ours || known && now.Sub(asked) < vetTime {
 		return nil
 	}
-	mac, taken, err := d.host.Probe(ctx, link, a)
+	mac, taken, err := d.lan.Probe(ctx, link, a)
 	if ctx.Err() != nil {
 		return fmt.Errorf("ask the LAN for %s: %w", a, ctx.Err())
 	}
@@ -115,7 +115,7 @@ func (d *Driver) vetHost(ctx context.Context, n Network) error {
 	}
 	for _, a := range n.Options.HostAddrs {
 		// A parent that is not there yet leads nowhere, or will be refused.
-		if mac, taken, err := d.host.Probe(ctx, n.Options.Parent, a); err == nil && taken {
+		if mac, taken, err := d.lan.Probe(ctx, n.Options.Parent, a); err == nil && taken {
 			return fmt.Errorf("option host_address: %s is in use on the LAN: %s answers for it on %s", a, mac, n.Options.Parent)
 		}
 	}

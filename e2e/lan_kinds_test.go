@@ -133,7 +133,7 @@ func ipvlanTable() []group {
 				{name: "to the host, IPv6", ask: dial("alpha", "tcp", "host6:7000"), want: "host sees alpha"},
 				{name: "from a bridged container", ask: dial("gamma", "tcp", "alpha:80"), want: "alpha sees gamma"},
 				{name: "to a bridged container", ask: dial("alpha", "tcp", "gamma:80"), want: "gamma sees alpha"},
-				{name: "from a container on the engine's bridge", ask: dial("third", "tcp", "alpha:80"), want: "alpha sees hop"},
+				{name: "from a container on the engine's bridge", ask: dial("third", "tcp", "alpha:80"), want: "alpha sees third"},
 				{name: "to the LAN", ask: dial("alpha", "tcp", "client:7000"), want: "client sees alpha"},
 				{name: "from the LAN", ask: dial("client", "tcp", "alpha:80"), want: "alpha sees client"},
 				{name: "one MAC for the container", ask: arping("client", "198.51.100.160"), want: cardMAC(host4)},

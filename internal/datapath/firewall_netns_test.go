@@ -310,7 +310,7 @@ func TestFirewallAdopts(t *testing.T) {
 func TestFirewallReplacesOtherVersion(t *testing.T) {
 	ns := netnstest.Enter(t)
 	old := openFirewall(t)
-	old.rs.version = "00000000"
+	old.rs.version = "0000dead"
 	old.rs.rules = old.rs.rules[:len(old.rs.rules)-3]
 	// It had another form of one set, and one set that is no more.
 	for i := range old.rs.sets {
@@ -330,7 +330,7 @@ func TestFirewallReplacesOtherVersion(t *testing.T) {
 	if !f.have[Element{Set: setUplinks, Link: "br0"}] {
 		t.Error("the uplink is gone")
 	}
-	if out := ns.Exec("nft", "list", "table", "inet", "weft"); strings.Contains(out, "00000000") || strings.Contains(out, "gone") {
+	if out := ns.Exec("nft", "list", "table", "inet", "weft"); strings.Contains(out, "0000dead") || strings.Contains(out, "gone") {
 		t.Errorf("something of the old table is left:\n%s", out)
 	}
 }
@@ -399,6 +399,9 @@ func TestFirewallListing(t *testing.T) {
 		"dnat ip6 to ip6 daddr . meta l4proto . th dport map @published6",
 		"snat ip to ip saddr map @snat4",
 		"meta mark set meta mark | 0x10000000 accept",
+		"type filter hook prerouting priority raw - 1; policy accept;",
+		"ip daddr . ip saddr @near4 ip daddr set ip daddr ^ 128.0.0.0 meta mark set meta mark ^ 0x20000000",
+		"meta mark & 0x20000000 != 0x00000000",
 		"meta nfproto @guard goto guard",
 		`elements = { "wf0123456789ab" }`,
 		"10.0.0.0/24, 10.0.1.0/24",

@@ -311,3 +311,45 @@ func TestReachUntranslated(t *testing.T) {
 		_ = at.Close()
 	}
 }
+
+// TestReachVeil: a container on the engine's bridge and one on the LAN that the
+// host has access to. From version 28 on the engine drops, before connections are
+// tracked, what comes to its containers by another link; answers pass all the
+// same, and nothing else.
+func TestReachVeil(t *testing.T) {
+	w := newWorld(t, true)
+	w.engine("nft")
+	w.neighbour("l1", "wfs1", 152)
+	for i, ipt := range []string{"iptables-nft", "ip6tables-nft"} {
+		w.host.Exec(ipt, "-t", "raw", "-A", "PREROUTING", "-d", w.addr["e1"][i].String(), "!", "-i", "docker0", "-j", "DROP")
+	}
+	els := append(w.elements(), Element{Set: SetOwn, Link: "wfs1"})
+	for i, p := range subnet(8, 0) {
+		l1 := w.addr["l1"][i]
+		els = append(els,
+			Element{Set: SetAttached, Link: "wfs1", Net: hostPrefix(l1)},
+			Element{Set: SetAccess, Link: "wfs1", Net: hostPrefix(l1)},
+			Element{Set: SetNear, Net: p.Masked(), To: l1})
+	}
+	if _, err := w.fw.add(t.Context(), els); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := w.hook.ensure(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	probes := []probe{
+		{"e1", "l1:8080", "l1:8080 e1"},
+		{"l1", "e1:8081", ""},
+		{"l1", "e1:8080", ""}, // published, but not at this address
+		{"l1", "host:94", "e1:8080 l1"},
+		{"a1", "l1:8080", "l1:8080 gw152"}, // does not know the way back to it
+	}
+	for family := range 2 {
+		w.run(family, append(probes, probe{"out", "e1:8080", ""}))
+	}
+	// As engines up to 27 have it.
+	w.host.Exec("sh", "-ec", "iptables-nft -t raw -F PREROUTING; ip6tables-nft -t raw -F PREROUTING")
+	for family := range 2 {
+		w.run(family, probes)
+	}
+}

@@ -20,6 +20,10 @@ const tableName = "weft"
 // the rule in others' chains (see hook) that the packet is ours and allowed.
 const acceptMark = 0x10000000
 
+// veilMark is on a packet while its destination is not its own, see veil. It
+// comes and goes within one hook, before the packet is routed.
+const veilMark = 0x20000000
+
 // Keys of the meta expression that golang.org/x/sys/unix lacks, from enum
 // nft_meta_keys in linux/netfilter/nf_tables.h; Linux 5.6.
 const (
@@ -58,7 +62,7 @@ func newRuleset() (*ruleset, error) {
 	for _, d := range rs.sets {
 		rs.bySet[d.lookup()] = d
 	}
-	rs.rules = slices.Concat(prerouting(), forward(), toBridge(), fromBridge(), guard(), postrouting())
+	rs.rules = slices.Concat(veil(), prerouting(), forward(), toBridge(), fromBridge(), guard(), postrouting())
 
 	if err := rs.fingerprint(); err != nil {
 		return nil, err
@@ -108,6 +112,8 @@ func chains(t *nftables.Table) []*nftables.Chain {
 		return &nftables.Chain{Name: name, Table: t, Type: typ, Hooknum: hook, Priority: &prio, Policy: &accept}
 	}
 	cs := []*nftables.Chain{
+		base("veil", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw-1),
+		base("unveil", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw+1),
 		base("raw_prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw),
 		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest),
 		base("raw_output", nftables.ChainTypeFilter, nftables.ChainHookOutput, *nftables.ChainPriorityRaw),
@@ -116,13 +122,31 @@ func chains(t *nftables.Table) []*nftables.Chain {
 		// Before those of others: see keepSource.
 		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource-1),
 	}
-	for _, name := range []string{"publish", "to_bridge", "from_bridge", "guard", "ok"} {
+	for _, name := range []string{"publish", "to_bridge", "from_bridge", "guard", "answers", "ok"} {
 		cs = append(cs, &nftables.Chain{Name: name, Table: t})
 	}
 	return cs
 }
 
 var families = []bool{false, true} // is it IPv6?
+
+// veil: answers of a LAN container to a container on somebody else's bridge, which
+// asked by its own address. The engine drops, from version 28 on, what comes to
+// its containers' addresses by another link, in the raw table: before connection
+// tracking, so that it cannot tell answers from the rest. For as long as that
+// table is passed the packet has a destination that is nobody's, by one bit; it is
+// exactly as it was afterwards, so that no checksum needs to know. That it is an
+// answer is checked in its place, see forward.
+func veil() []rule {
+	var rs []rule
+	for _, v6 := range families {
+		rs = append(rs,
+			in("veil", family(v6), isIn(suffix("access", v6), iif, saddr(v6)), isIn(suffix("near", v6), daddr(v6), saddr(v6)), flip(v6), toggle(veilMark)),
+			in("unveil", marked(veilMark), family(v6), flip(v6), toggle(veilMark)),
+		)
+	}
+	return rs
+}
 
 // prerouting: what comes in, and what the host itself sends.
 func prerouting() []rule {
@@ -177,13 +201,21 @@ func forward() []rule {
 			in("forward", family(v6), isIn(att, oif, daddr(v6)), goTo("ok")),
 			// In and out by the bridge that the source is on: not routed.
 			in("forward", family(v6), isIn(att, oif, saddr(v6)), isIn(att, iif, saddr(v6)), goTo("ok")),
+			// From a LAN container to one on a bridge of somebody else's.
+			in("forward", family(v6), isIn(suffix("access", v6), iif, saddr(v6)), isIn(suffix("near", v6), daddr(v6), saddr(v6)), goTo("answers")),
 		)
 	}
 	rs = append(rs, in("forward", isIn("bridges", iif), goTo("from_bridge")))
 	for _, v6 := range families {
 		rs = append(rs, in("forward", family(v6), isIn(suffix("attached", v6), iif, saddr(v6)), goTo("from_bridge")))
 	}
-	return append(rs, in("forward", isIn("guard", nfproto), goTo("guard")))
+	return append(rs,
+		in("forward", isIn("guard", nfproto), goTo("guard")),
+		in("answers", ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), goTo("ok")),
+		// A port that the engine publishes, asked for by the host's address.
+		in("answers", ctBits(expr.CtKeySTATUS, ctStatusDNAT), verdict(expr.VerdictReturn)),
+		in("answers", drop()),
+	)
 }
 
 // toBridge decides what reaches the containers of our bridges.
@@ -417,6 +449,43 @@ func setMark() []expr.Any {
 			Mask: binaryutil.NativeEndian.PutUint32(^uint32(acceptMark)), Xor: binaryutil.NativeEndian.PutUint32(acceptMark)},
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister, SourceRegister: true},
 	}
+}
+
+// toggle inverts a bit of the packet's mark.
+func toggle(bit uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
+		invert(binaryutil.NativeEndian.PutUint32(bit)),
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister, SourceRegister: true},
+	}
+}
+
+// marked matches if the bit of the packet's mark is set.
+func marked(bit uint32) []expr.Any {
+	return []expr.Any{
+		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(bit), Xor: make([]byte, 4)},
+		&expr.Cmp{Op: expr.CmpOpNeq, Register: firstRegister, Data: make([]byte, 4)},
+	}
+}
+
+// flip inverts the first bit of the destination.
+func flip(v6 bool) []expr.Any {
+	at := uint32(16)
+	if v6 {
+		at = 24
+	}
+	return []expr.Any{
+		&expr.Payload{DestRegister: firstRegister, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: 4},
+		invert([]byte{0x80, 0, 0, 0}),
+		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: firstRegister, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: 4},
+	}
+}
+
+// invert changes bits of the first register.
+func invert(bits []byte) expr.Any {
+	return &expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4, Mask: []byte{0xff, 0xff, 0xff, 0xff}, Xor: bits}
 }
 
 func verdict(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }

@@ -600,7 +600,9 @@ func TestUplinks(t *testing.T) {
 		ip link add vx0 type vxlan id 7 dstport 4789 local 127.0.0.1; ip link set vx0 master brlan
 		ip link add c0 type veth peer name c1; ip link set c0 master brvm
 		ip tuntap add tap0 mode tap; ip link set tap0 master brvm
-		ip addr add 192.0.2.5/24 dev brgw; ip route add default via 192.0.2.1`)
+		ip addr add 192.0.2.5/24 dev brgw; ip route add default via 192.0.2.1
+		ip addr add 192.0.3.5/24 dev brlan
+		ip addr add 10.66.0.1/24 dev brvm; ip addr add 10.66.0.9/24 dev brvm; ip addr add fd66::1/64 dev brvm nodad; ip addr add 10.67.0.1/32 dev brvm`)
 	s := network()
 	s.Sockets, s.Elements = nil, nil
 	ensure(t, k, s)
@@ -617,5 +619,12 @@ func TestUplinks(t *testing.T) {
 	}
 	if out := host.Exec("nft", "list", "table", "inet", "weft"); !strings.Contains(out, "brgw") || strings.Contains(out, "brvm") {
 		t.Errorf("the firewall was told otherwise:\n%s", out)
+	}
+	bridged, err := k.Bridged(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff([]netip.Prefix{prefix("10.66.0.0/24"), prefix("fd66::/64")}, bridged, cmp.Comparer(func(a, b netip.Prefix) bool { return a == b })); d != "" {
+		t.Errorf("others' bridges for containers (-want +got):\n%s", d)
 	}
 }
