@@ -172,6 +172,21 @@ func (s *plainServe) createAndJoin(b *testing.B, i int) {
 	})
 }
 
+// idleCalls is how long two calls take that only look something up.
+func (s *plainServe) idleCalls(b *testing.B, n int) time.Duration {
+	b.Helper()
+	var all []time.Duration
+	for range n {
+		begin := time.Now()
+		for range 2 {
+			s.call(b, "NetworkDriver.EndpointOperInfo", map[string]any{"NetworkID": benchNetwork, "EndpointID": benchEndpoint(0)})
+		}
+		all = append(all, time.Since(begin))
+		time.Sleep(time.Millisecond) // as long as the bare program has its turn
+	}
+	return median(all)
+}
+
 // bare makes veth pairs as ports of a bridge with one netlink message each,
 // nothing else, in a namespace of its own.
 type bare struct {
@@ -253,6 +268,9 @@ func median(d []time.Duration) time.Duration {
 // BenchmarkCreateEndpointJoin compares CreateEndpoint plus Join through the
 // socket with a bare program that makes the same links, on an empty network
 // and on one with 1,000 endpoints, and then times a restart with those 1,000.
+// Two calls that do nothing are timed as well: what HTTP costs by itself. The
+// kernel's own cost grows with the ports of a bridge, so what is ours beyond the
+// bare program is compared by itself, too.
 func BenchmarkCreateEndpointJoin(b *testing.B) {
 	s := newPlainServe(b)
 	s.start(b, "")
@@ -291,6 +309,11 @@ func BenchmarkCreateEndpointJoin(b *testing.B) {
 	}
 	full, bareFull := series(1000, rest)
 
+	calls := s.idleCalls(b, sample)
+
+	b.ReportMetric(float64(calls.Microseconds()), "two-idle-calls-us")
+	b.ReportMetric(float64(empty-calls)/float64(bareEmpty), "(weft-idle)/bare")
+	b.ReportMetric(float64(full-bareFull)/float64(empty-bareEmpty), "own-full/empty")
 	b.ReportMetric(float64(bareEmpty.Microseconds()), "bare-us")
 	b.ReportMetric(float64(empty.Microseconds()), "weft-us")
 	b.ReportMetric(float64(empty)/float64(bareEmpty), "weft/bare")
