@@ -400,7 +400,7 @@ func TestFirewallListing(t *testing.T) {
 		"snat ip to ip saddr map @snat4",
 		"meta mark set meta mark | 0x10000000 accept",
 		"type filter hook prerouting priority raw - 1; policy accept;",
-		"ip daddr . ip saddr @near4 ip daddr set ip daddr ^ 128.0.0.0 meta mark set meta mark ^ 0x20000000",
+		"ip daddr . ip saddr @near4 ip daddr set ip daddr ^ 128.0.0.0 meta mark set meta mark | 0x20000000",
 		"meta mark & 0x20000000 != 0x00000000",
 		"meta nfproto @guard goto guard",
 		`elements = { "wf0123456789ab" }`,

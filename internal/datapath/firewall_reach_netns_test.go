@@ -343,9 +343,15 @@ func TestReachVeil(t *testing.T) {
 		{"l1", "e1:8080", ""}, // published, but not at this address
 		{"l1", "host:94", "e1:8080 l1"},
 		{"a1", "l1:8080", "l1:8080 gw152"}, // does not know the way back to it
+		{"l1", "a1:8080", "a1:8080 l1"},
 	}
 	for family := range 2 {
 		w.run(family, append(probes, probe{"out", "e1:8080", ""}))
+	}
+	// Another program uses our bit of the mark.
+	w.host.Exec("nft", "table inet theirs { chain early { type filter hook prerouting priority -350; meta mark set 0x20000001; }; }")
+	for family := range 2 {
+		w.run(family, probes)
 	}
 	// As engines up to 27 have it.
 	w.host.Exec("sh", "-ec", "iptables-nft -t raw -F PREROUTING; ip6tables-nft -t raw -F PREROUTING")

@@ -135,14 +135,15 @@ var families = []bool{false, true} // is it IPv6?
 // its containers' addresses by another link, in the raw table: before connection
 // tracking, so that it cannot tell answers from the rest. For as long as that
 // table is passed the packet has a destination that is nobody's, by one bit; it is
-// exactly as it was afterwards, so that no checksum needs to know. That it is an
-// answer is checked in its place, see forward.
+// exactly as it was afterwards, so that no checksum needs to know. The mark alone
+// does not tell which packets to put right: another program may use the same bit.
+// That it is an answer is checked in its place, see forward.
 func veil() []rule {
 	var rs []rule
 	for _, v6 := range families {
 		rs = append(rs,
-			in("veil", family(v6), isIn(suffix("access", v6), iif, saddr(v6)), isIn(suffix("near", v6), daddr(v6), saddr(v6)), flip(v6), toggle(veilMark)),
-			in("unveil", marked(veilMark), family(v6), flip(v6), toggle(veilMark)),
+			in("veil", family(v6), isIn(suffix("access", v6), iif, saddr(v6)), isIn(suffix("near", v6), daddr(v6), saddr(v6)), flip(v6), mark(veilMark, true)),
+			in("unveil", marked(veilMark), family(v6), isInFlipped(suffix("near", v6), v6, saddr(v6)), flip(v6), mark(veilMark, false)),
 		)
 	}
 	return rs
@@ -262,7 +263,7 @@ func fromBridge() []rule {
 		// Towards somebody else's network its owner decides: no mark.
 		in("from_bridge", isBridge(metaOIFKind), isNotIn("uplinks", oif), verdict(expr.VerdictReturn)),
 		in("from_bridge", goTo("ok")),
-		in("ok", setMark(), verdict(expr.VerdictAccept)),
+		in("ok", mark(acceptMark, true), verdict(expr.VerdictAccept)),
 	)
 }
 
@@ -442,20 +443,15 @@ func ctBits(key expr.CtKey, bits uint32) []expr.Any {
 	}
 }
 
-func setMark() []expr.Any {
-	return []expr.Any{
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
-		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(^uint32(acceptMark)), Xor: binaryutil.NativeEndian.PutUint32(acceptMark)},
-		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister, SourceRegister: true},
+// mark sets a bit of the packet's mark, or clears it.
+func mark(bit uint32, on bool) []expr.Any {
+	xor := make([]byte, 4)
+	if on {
+		xor = binaryutil.NativeEndian.PutUint32(bit)
 	}
-}
-
-// toggle inverts a bit of the packet's mark.
-func toggle(bit uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
-		invert(binaryutil.NativeEndian.PutUint32(bit)),
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(^bit), Xor: xor},
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister, SourceRegister: true},
 	}
 }
@@ -472,20 +468,23 @@ func marked(bit uint32) []expr.Any {
 
 // flip inverts the first bit of the destination.
 func flip(v6 bool) []expr.Any {
-	at := uint32(16)
-	if v6 {
-		at = 24
-	}
-	return []expr.Any{
-		&expr.Payload{DestRegister: firstRegister, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: 4},
-		invert([]byte{0x80, 0, 0, 0}),
-		&expr.Payload{OperationType: expr.PayloadWrite, SourceRegister: firstRegister, Base: expr.PayloadBaseNetworkHeader, Offset: at, Len: 4},
-	}
+	read := daddr(v6).load(firstRegister).(*expr.Payload)
+	write := *read
+	write.OperationType, write.SourceRegister, write.DestRegister = expr.PayloadWrite, firstRegister, 0
+	return []expr.Any{read, firstBit(read.Len), &write}
 }
 
-// invert changes bits of the first register.
-func invert(bits []byte) expr.Any {
-	return &expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4, Mask: []byte{0xff, 0xff, 0xff, 0xff}, Xor: bits}
+// isInFlipped is isIn for a key that starts with the destination, whose first bit
+// was inverted.
+func isInFlipped(set string, v6 bool, key ...source) []expr.Any {
+	return append(concat(append([]source{daddr(v6)}, key...)...), firstBit(4*daddr(v6).regs), &expr.Lookup{SourceRegister: firstRegister, SetName: set})
+}
+
+// firstBit inverts the first bit of what the first registers have.
+func firstBit(length uint32) expr.Any {
+	xor := make([]byte, length)
+	xor[0] = 0x80
+	return &expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: length, Mask: bytes.Repeat([]byte{0xff}, int(length)), Xor: xor}
 }
 
 func verdict(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }
