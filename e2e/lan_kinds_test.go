@@ -175,13 +175,19 @@ func layer3Table() []group {
 				name: "ipvlan_mode=" + mode + ", host_access", twin: "ipvlan", kind: "ipvlan", builtinSince: never,
 				setup: func(w *world) {
 					w.onLAN("lan", "ipvlan", "--subnet", layer3Net, "-o", "parent=lan0", "-o", "ipvlan_mode="+mode, "-o", "host_access=true")
+					w.network("own", "--subnet", net1)
+					w.run("gamma", "--network", "own")
 					pair(w)
+					w.learnHop()
 				},
 				probes: []probe{
 					{name: "container to container", ask: dial("alpha", "tcp", "beta:80"), want: "beta sees alpha"},
 					{name: "from the host", ask: dial("host", "tcp", "alpha:80"), want: "alpha sees host"},
 					{name: "to the host", ask: dial("alpha", "tcp", "host:7000"), want: "host sees alpha"},
 					{name: "to the LAN", ask: dial("alpha", "tcp", "client:7000"), want: "client sees alpha"},
+					{name: "from a bridged container", ask: dial("gamma", "tcp", "alpha:80"), want: "alpha sees hop"},
+					// The parent's namespace looks only for routes by the parent.
+					{name: "to a bridged container", ask: dial("alpha", "tcp", "gamma:80"), want: "timeout"},
 				},
 			})
 	}
