@@ -3,6 +3,8 @@ package datapath
 import (
 	"fmt"
 	"net"
+	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -126,19 +128,45 @@ func (w *world) ping(want map[[2]string]bool) {
 	wg.Wait()
 }
 
-// Our bridges route 127.0.0.0/8; a container must not get at the host's own.
+// Our bridges route 127.0.0.0/8, and a published port of the host's loopback
+// address is translated before the kernel looks for martians: whoever is beside
+// the host must get at neither.
 func TestReachHostLoopback(t *testing.T) {
 	w := newWorld(t, true)
 	w.serve("host", 7000)
-	w.ns["a1"].Exec("sh", "-ec", "ip route del local 127.0.0.0/8 dev lo table local; ip route del local 127.0.0.1 dev lo table local; ip addr del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via 10.1.0.1; echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet")
-	open := []probe{{"a1", "local:7000", "host:7000 a1"}}
-	w.run(0, open) // or the test would show nothing
-	if _, err := w.fw.add(t.Context(), w.elements()); err != nil {
+	w.neighbour("l1", "wfs1", 152) // the LAN, by the host's own sub-interface
+	w.sysctl("ipv4/conf/wfs1/route_localnet", "1")
+	loopback := [2]netip.Prefix{netip.MustParsePrefix("127.0.0.1/32"), netip.MustParsePrefix("::1/128")}
+	els := append(w.elements(), Element{Set: SetOwn, Link: "wfs1"})
+	els = append(els, w.published(loopback, 83, "b1", 8080)...)
+	from := map[string]string{"a1": "10.1.0.1", "e1": "10.8.0.1", "out": "10.200.0.1", "l1": "10.152.0.1"}
+	for name, gw := range from {
+		w.ns[name].Exec("sh", "-ec", "ip route del local 127.0.0.0/8 dev lo table local; ip route del local 127.0.0.1 dev lo table local; ip addr del 127.0.0.1/8 dev lo; ip route add 127.0.0.1 via "+gw+"; echo 1 > /proc/sys/net/ipv4/conf/all/route_localnet")
+	}
+	w.run(0, []probe{{"a1", "local:7000", "host:7000 a1"}, {"l1", "local:7000", "host:7000 l1"}}) // or the test would show nothing
+	if _, err := w.fw.add(t.Context(), els); err != nil {
 		t.Fatal(err)
 	}
-	w.run(0, []probe{{"a1", "local:7000", ""}, {"a1", "host:7000", "host:7000 a1"}})
+	probes := []probe{{"a1", "host:7000", "host:7000 a1"}, {"host", "local:80", "a1:8080 gw1"}, {"host", "local:83", "b1:8080 gw2"}}
+	for name := range from {
+		for _, port := range []string{"80", "83", "7000"} {
+			probes = append(probes, probe{name, "local:" + port, ""})
+		}
+	}
+	w.run(0, probes)
+	// Of IPv6 the kernel takes no packet for [::1] from outside.
+	for name, gw := range from {
+		w.ns[name].Exec("sh", "-ec", "ip -6 addr del ::1/128 dev lo; ip -6 route add ::1 via fd00:"+strings.Split(gw, ".")[1]+"::1")
+	}
+	probes = nil
+	for name := range from {
+		for _, port := range []string{"80", "83", "7000"} {
+			probes = append(probes, probe{name, "local:" + port, ""})
+		}
+	}
+	w.run(1, probes)
 
-	// Nor must it pass for the host itself. (The kernel alone sees to that for
+	// Nor must anybody pass for the host itself. (The kernel alone sees to that for
 	// 127.0.0.1, an address of a link, and with rp_filter for the rest.)
 	w.sysctl("ipv4/conf/all/rp_filter", "0")
 	w.sysctl("ipv4/conf/wfa/rp_filter", "0")
@@ -164,9 +192,7 @@ func TestReachHostLoopback(t *testing.T) {
 	if heard() {
 		t.Error("the host heard a container as 127.0.0.2")
 	}
-	if err := w.fw.remove(t.Context(), []Element{{Set: SetBridges, Link: "wfa"}}); err != nil {
-		t.Fatal(err)
-	}
+	w.host.Exec("nft", "delete table inet "+tableName)
 	if !heard() { // or the test would show nothing
 		t.Error("without the rule it did not either")
 	}
@@ -358,4 +384,46 @@ func TestReachVeil(t *testing.T) {
 	for family := range 2 {
 		w.run(family, probes)
 	}
+}
+
+// A link-local address of the host is nobody's to translate: the proxy behind the
+// held port serves it.
+func TestReachLinkLocal(t *testing.T) {
+	w := newWorld(t, true)
+	w.serve("host", 80)
+	if _, err := w.fw.add(t.Context(), w.elements()); err != nil {
+		t.Fatal(err)
+	}
+	for from, link := range map[string]string{"out": "eth0", "a2": "wfa", "host": "eth0"} {
+		// By its number: the name's, which net remembers, is another namespace's.
+		zone, _, _ := strings.Cut(w.ns[from].Exec("ip", "-o", "link", "show", "eth0"), ":")
+		to := netip.AddrPortFrom(linkLocal(t, w, link).WithZone(zone), 80)
+		if got := w.ask(from, "tcp", to, 5*time.Second); !strings.HasPrefix(got, "host 80 ") {
+			t.Errorf("from %s to %s: %q answers, want the host", from, to, got)
+		}
+	}
+}
+
+// linkLocal is the address that the kernel gave to a link of the host.
+func linkLocal(t *testing.T, w *world, link string) (a netip.Addr) {
+	t.Helper()
+	w.host.Do(func() {
+		i, err := net.InterfaceByName(link)
+		if err != nil {
+			t.Fatal(err)
+		}
+		list, err := i.Addrs()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, x := range list {
+			if p, err := netip.ParsePrefix(x.String()); err == nil && p.Addr().Is6() && p.Addr().IsLinkLocalUnicast() {
+				a = p.Addr()
+			}
+		}
+	})
+	if !a.IsValid() {
+		t.Fatalf("%s has no link-local address", link)
+	}
+	return a
 }

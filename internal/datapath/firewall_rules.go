@@ -122,7 +122,7 @@ func chains(t *nftables.Table) []*nftables.Chain {
 		// Before those of others: see keepSource.
 		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource-1),
 	}
-	for _, name := range []string{"publish", "to_bridge", "from_bridge", "guard", "answers", "ok"} {
+	for _, name := range []string{"loopback", "publish", "to_bridge", "from_bridge", "guard", "answers", "ok"} {
 		cs = append(cs, &nftables.Chain{Name: name, Table: t})
 	}
 	return cs
@@ -152,6 +152,16 @@ func veil() []rule {
 // prerouting: what comes in, and what the host itself sends.
 func prerouting() []rule {
 	rs := []rule{
+		// 127.0.0.0/8 is the host's own, whatever brings it: a published port is
+		// translated before the kernel would refuse such a packet, and our bridges
+		// have route_localnet on, so that 127.0.0.1:port leads into a container. For
+		// ::1 the kernel itself sees to it, before any table.
+		in("raw_prerouting", loopback(16), goTo("loopback")),
+		in("raw_prerouting", loopback(12), goTo("loopback")),
+		in("loopback", isLoopback(), verdict(expr.VerdictAccept)),
+		// What a VRF says to itself comes by its device.
+		in("loopback", isKind(metaIIFKind, "vrf"), verdict(expr.VerdictAccept)),
+		in("loopback", drop()),
 		// What is only switched from port to port is no connection of the host's:
 		// with br_netfilter each frame between two containers of a cluster would
 		// be tracked on both hosts, inside and outside of the tunnel.
@@ -159,23 +169,21 @@ func prerouting() []rule {
 		in("raw_prerouting", isByte(l4proto, unix.IPPROTO_UDP), isIn("tunnels", dport), untracked(), verdict(expr.VerdictAccept)),
 		in("raw_output", isByte(l4proto, unix.IPPROTO_UDP), isIn("tunnels", dport), untracked()),
 	}
-	// Our bridges have route_localnet on, so that 127.0.0.1:port leads into a
-	// container. Containers must not use that to reach the host's loopback.
 	rs = append(rs,
-		in("raw_prerouting", loopback(16), isIn("bridges", iif), drop()),
-		in("raw_prerouting", loopback(12), isIn("bridges", iif), drop()),
-		// The same on the host's own sub-interfaces, which the LAN sends to as well.
-		in("raw_prerouting", loopback(16), isIn("own", iif), drop()),
-		in("raw_prerouting", loopback(12), isIn("own", iif), drop()),
 		// A bridge that does not pass to itself has isolated ports (ICC off).
 		// With br_netfilter a translated packet for the same bridge would go
 		// from one isolated port straight to another and be dropped there; the
 		// proxy behind the held port takes it instead.
 		in("prerouting", isIn("bridges", iif), isNotIn("internal", iif), isNotIn("pass", iif, iif), verdict(expr.VerdictReturn)),
+		// The answer to what came to a link-local address would have to leave by
+		// the link that it came in on, which the container does not know; nor is
+		// such a packet forwarded. The proxy serves it.
+		in("prerouting", isV6LinkLocal(), verdict(expr.VerdictReturn)),
 		in("prerouting", toHost(), goTo("publish")),
 		// From [::1] nothing can be translated (the kernel does not take the
 		// answers back); the proxy behind the held port serves it.
 		in("output", isV6Loopback(), verdict(expr.VerdictReturn)),
+		in("output", isV6LinkLocal(), verdict(expr.VerdictReturn)),
 		in("output", toHost(), goTo("publish")),
 	)
 	for _, v6 := range families {
@@ -418,10 +426,26 @@ func isV6Loopback() []expr.Any {
 	return slices.Concat(family(true), is(daddr(true), append(make([]byte, 15), 1)))
 }
 
+// isV6LinkLocal matches if the destination is in fe80::/10.
+func isV6LinkLocal() []expr.Any {
+	return slices.Concat(family(true), concat(payload(expr.PayloadBaseNetworkHeader, 24, 2)), []expr.Any{
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 2, Mask: []byte{0xff, 0xc0}, Xor: []byte{0, 0}},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: []byte{0xfe, 0x80}},
+	})
+}
+
+// isLoopback matches what comes in by a loopback interface.
+func isLoopback() []expr.Any {
+	return is(meta(expr.MetaKeyIIFTYPE, 1), binaryutil.NativeEndian.PutUint16(unix.ARPHRD_LOOPBACK))
+}
+
 // isBridge matches if the link in question is a bridge, of anybody.
-func isBridge(key expr.MetaKey) []expr.Any {
+func isBridge(key expr.MetaKey) []expr.Any { return isKind(key, "bridge") }
+
+// isKind matches if the link in question is of that kind.
+func isKind(key expr.MetaKey, name string) []expr.Any {
 	kind := make([]byte, unix.IFNAMSIZ)
-	copy(kind, "bridge")
+	copy(kind, name)
 	return is(meta(key, 4), kind)
 }
 
