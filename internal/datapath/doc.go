@@ -1,6 +1,7 @@
 // Package datapath makes the kernel equal to a [State].
 //
-// It owns our links (known by their link group, [Group]) with their addresses,
+// It owns the links of this instance (known by their link group, [Group] for the
+// default one) with their addresses,
 // sysctls, forwarding and neighbour entries, the nftables tables "weft" (inet, and netdev for shortcuts),
 // the one rule in chains of others (the hook), and the sockets that hold published ports with the proxy behind
 // them. Nobody else in this module talks to the kernel.
@@ -19,7 +20,8 @@
 // per network sees to that. The only lasting goroutines are the proxies', and
 // they end with their socket.
 //
-// Entry points: [Kernel.Ensure], [Kernel.Remove], [Kernel.Owned], [Kernel.Reserve];
+// Entry points: [Acquire], which keeps a second process of the same instance out;
+// [Kernel.Ensure], [Kernel.Remove], [Kernel.Owned], [Kernel.Reserve];
 // [Kernel.InUse], [Kernel.PathMTU], [Kernel.Underlay], [Kernel.Link] and
 // [Kernel.Probe] answer questions about the host and its LAN; [Kernel.Announce]
 // tells the LAN.

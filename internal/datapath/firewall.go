@@ -53,19 +53,19 @@ type firewall struct {
 // newFirewall works on the network namespace of the calling thread. A table
 // that is there already is taken over as it is, or, if another version made
 // it, replaced at once with the same elements.
-func newFirewall(log logrus.FieldLogger) (*firewall, error) {
-	rs, err := newRuleset()
+func newFirewall(log logrus.FieldLogger, table string) (*firewall, error) {
+	rs, err := newRuleset(table)
 	if err != nil {
-		return nil, fmt.Errorf("nft table inet %s: %w", tableName, err)
+		return nil, fmt.Errorf("nft table inet %s: %w", table, err)
 	}
 	ns, err := os.Open("/proc/thread-self/ns/net")
 	if err != nil {
-		return nil, fmt.Errorf("nft table inet %s: %w", tableName, err)
+		return nil, fmt.Errorf("nft table inet %s: %w", table, err)
 	}
 	f := &firewall{log: log, rs: rs, ns: ns, have: map[Element]bool{}}
 	if err := f.start(); err != nil {
 		f.close()
-		return nil, fmt.Errorf("nft table inet %s: %w", tableName, err)
+		return nil, fmt.Errorf("nft table inet %s: %w", table, err)
 	}
 	return f, nil
 }
@@ -137,7 +137,7 @@ func (f *firewall) add(ctx context.Context, els []Element) ([]string, error) {
 	}
 	var changed []string
 	if f.rebuilt {
-		changed = append(changed, "nft add table inet "+tableName)
+		changed = append(changed, "nft add table inet "+f.rs.table.Name)
 		f.rebuilt = false
 	}
 	for _, e := range added {
@@ -165,7 +165,7 @@ func (f *firewall) owned(ctx context.Context) ([]Element, error) {
 	}
 	if _, err := f.loadLocked(deadline(ctx)); err != nil {
 		f.hangUpLocked()
-		return nil, fmt.Errorf("read nft table inet %s: %w", tableName, err)
+		return nil, fmt.Errorf("read nft table inet %s: %w", f.rs.table.Name, err)
 	}
 	if !f.sound {
 		return nil, nil
@@ -223,7 +223,7 @@ func (f *firewall) applyLocked(ctx context.Context, add, del []Element) ([]Eleme
 	var added []Element
 	for attempt := 0; ; attempt++ {
 		if err := ctx.Err(); err != nil {
-			return nil, fmt.Errorf("change nft table inet %s: %w", tableName, err)
+			return nil, fmt.Errorf("change nft table inet %s: %w", f.rs.table.Name, err)
 		}
 		if err := f.dialLocked(); err != nil {
 			return nil, err
@@ -255,7 +255,7 @@ func (f *firewall) applyLocked(ctx context.Context, add, del []Element) ([]Eleme
 		}
 		if _, lerr := f.loadLocked(deadline(ctx)); lerr != nil {
 			f.hangUpLocked()
-			return nil, fmt.Errorf("change nft table inet %s: %w", tableName, errors.Join(err, lerr))
+			return nil, fmt.Errorf("change nft table inet %s: %w", f.rs.table.Name, errors.Join(err, lerr))
 		}
 	}
 }
@@ -403,7 +403,7 @@ func (f *firewall) explainLocked(err error, missing []Element) error {
 	if len(missing) > 0 {
 		return fmt.Errorf("%v (%d in all): %w", missing[0], len(missing), err)
 	}
-	return fmt.Errorf("change nft table inet %s: %w", tableName, err)
+	return fmt.Errorf("change nft table inet %s: %w", f.rs.table.Name, err)
 }
 
 // inTheWay reports whether m and h cannot both be in the set: the same key

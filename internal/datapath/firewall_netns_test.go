@@ -60,7 +60,7 @@ func lines(els []Element) []string {
 
 func openFirewall(tb testing.TB) *firewall {
 	tb.Helper()
-	f, err := newFirewall(quiet())
+	f, err := newFirewall(quiet(), tableName)
 	if err != nil {
 		tb.Fatal(err)
 	}
@@ -358,7 +358,7 @@ table inet weft2 {
 	ns.Exec("iptables-nft", "-t", "nat", "-A", "POSTROUTING", "-j", "MASQUERADE")
 	before := ns.Exec("nft", "-a", "list", "ruleset")
 	f := openFirewall(t)
-	h := newHook(quiet())
+	h := newHook(quiet(), "weft")
 	els := sample()
 	for range 2 {
 		mustAdd(t, f, els...)
@@ -402,7 +402,7 @@ func TestFirewallListing(t *testing.T) {
 		"type filter hook prerouting priority raw - 1; policy accept;",
 		"ip daddr . ip saddr @near4 ip daddr set ip daddr ^ 128.0.0.0 meta mark set meta mark | 0x20000000",
 		"meta mark & 0x20000000 != 0x00000000",
-		"meta nfproto @guard goto guard",
+		"meta nfproto != @guard accept",
 		`elements = { "wf0123456789ab" }`,
 		"10.0.0.0/24, 10.0.1.0/24",
 		"10.200.0.1 . udp . 80 : 10.1.0.2 . 8080",

@@ -24,7 +24,7 @@ func (f *firewall) loadLocked(deadline time.Time) (there bool, err error) {
 		return false, fmt.Errorf("list tables: %w", err)
 	}
 	for _, t := range tables {
-		there = there || t.Name == tableName
+		there = there || t.Name == f.rs.table.Name
 	}
 	if !there {
 		return false, nil
@@ -58,7 +58,7 @@ func (f *firewall) damageLocked() (string, error) {
 	}
 	found := map[string]*nftables.Chain{}
 	for _, c := range all {
-		if c.Table.Name == tableName {
+		if c.Table.Name == f.rs.table.Name {
 			found[c.Name] = c
 		}
 	}

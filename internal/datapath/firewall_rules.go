@@ -13,7 +13,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// tableName is our table in the inet family. Everything in it is ours.
+// tableName is the table of the default instance in the inet family, and begins
+// those of others. Everything in ours is ours.
 const tableName = "weft"
 
 // acceptMark is the bit in a packet's mark by which our forward chain tells
@@ -55,9 +56,9 @@ type rule struct {
 }
 
 // newRuleset builds the rules. They are data: the same in every process of
-// this build.
-func newRuleset() (*ruleset, error) {
-	t := &nftables.Table{Name: tableName, Family: nftables.TableFamilyINet}
+// this build, but for the name of the table.
+func newRuleset(table string) (*ruleset, error) {
+	t := &nftables.Table{Name: table, Family: nftables.TableFamilyINet}
 	rs := &ruleset{table: t, chains: chains(t), sets: setDefs(), bySet: map[lookup]setDef{}}
 	for _, d := range rs.sets {
 		rs.bySet[d.lookup()] = d
@@ -119,10 +120,12 @@ func chains(t *nftables.Table) []*nftables.Chain {
 		base("raw_output", nftables.ChainTypeFilter, nftables.ChainHookOutput, *nftables.ChainPriorityRaw),
 		base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, *nftables.ChainPriorityNATDest),
 		base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter-1),
+		// After the forward chains of all instances, see guard.
+		base("guard", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter),
 		// Before those of others: see keepSource.
 		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource-1),
 	}
-	for _, name := range []string{"loopback", "publish", "to_bridge", "from_bridge", "guard", "answers", "ok"} {
+	for _, name := range []string{"loopback", "publish", "to_bridge", "from_bridge", "answers", "ok"} {
 		cs = append(cs, &nftables.Chain{Name: name, Table: t})
 	}
 	return cs
@@ -219,7 +222,6 @@ func forward() []rule {
 		rs = append(rs, in("forward", family(v6), isIn(suffix("attached", v6), iif, saddr(v6)), goTo("from_bridge")))
 	}
 	return append(rs,
-		in("forward", isIn("guard", nfproto), goTo("guard")),
 		in("answers", ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), goTo("ok")),
 		// A port that the engine publishes, asked for by the host's address.
 		in("answers", ctBits(expr.CtKeySTATUS, ctStatusDNAT), verdict(expr.VerdictReturn)),
@@ -276,11 +278,15 @@ func fromBridge() []rule {
 }
 
 // guard: packets between two links that are nobody's containers, on a host
-// where forwarding was off until we needed it. Only positive tests of the
+// where forwarding was off until we needed it. It comes after the forward chains
+// of all instances, and leaves alone what one of them has marked: no link shows
+// that a LAN container is another instance's. Only positive tests of the
 // kind of a link: a physical one has no kind, and any comparison with that,
 // "is not" included, fails (nft_meta_get_eval_kind).
 func guard() []rule {
 	return []rule{
+		in("guard", isNotIn("guard", nfproto), verdict(expr.VerdictAccept)),
+		in("guard", marked(acceptMark), verdict(expr.VerdictAccept)),
 		in("guard", isBridge(metaIIFKind), isNotIn("uplinks", iif), verdict(expr.VerdictAccept)),
 		in("guard", isBridge(metaOIFKind), isNotIn("uplinks", oif), verdict(expr.VerdictAccept)),
 		// Frames within the host's own bridge.

@@ -90,11 +90,11 @@ func newWorld(t *testing.T, bridgeNF bool) *world {
 		}
 	}
 	var err error
-	if w.fw, err = newFirewall(quiet()); err != nil {
+	if w.fw, err = newFirewall(quiet(), tableName); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(w.fw.close)
-	w.hook = newHook(quiet())
+	w.hook = newHook(quiet(), "weft")
 	return w
 }
 

@@ -21,11 +21,14 @@ import (
 const hookWait = 5
 
 // hookRule accepts what our own forward chain marked. Accepting there alone
-// is not enough: a packet passes only if no chain of any table drops it.
-var hookRule = []string{
-	"-m", "mark", "--mark", fmt.Sprintf("%#x/%#x", acceptMark, acceptMark),
-	"-m", "comment", "--comment", "weft",
-	"-j", "ACCEPT",
+// is not enough: a packet passes only if no chain of any table drops it. Each
+// instance has a rule of its own, since each takes its own away.
+func hookRule(comment string) []string {
+	return []string{
+		"-m", "mark", "--mark", fmt.Sprintf("%#x/%#x", acceptMark, acceptMark),
+		"-m", "comment", "--comment", comment,
+		"-j", "ACCEPT",
+	}
 }
 
 // hook is one constant rule in the FORWARD chain of iptables and ip6tables,
@@ -36,6 +39,7 @@ var hookRule = []string{
 // engine's DROP.
 type hook struct {
 	log  logrus.FieldLogger
+	rule []string
 	dirs []string // where iptables may be, before PATH
 
 	mu     sync.Mutex // guards all below, and keeps two runs apart
@@ -43,9 +47,10 @@ type hook struct {
 	warned map[string]bool
 }
 
-func newHook(log logrus.FieldLogger) *hook {
+func newHook(log logrus.FieldLogger, comment string) *hook {
 	return &hook{
 		log:    log,
+		rule:   hookRule(comment),
 		dirs:   []string{"/usr/sbin", "/sbin"},
 		tools:  map[string]*iptables.IPTables{},
 		warned: map[string]bool{},
@@ -77,17 +82,17 @@ func (h *hook) ensure(ctx context.Context) ([]string, error) {
 		if c.right() {
 			continue
 		}
-		if err := c.clear(ctx); err != nil {
+		if err := c.clear(ctx, h.rule); err != nil {
 			return changed, err
 		}
 		if c.place == 0 {
-			changed = append(changed, c.name+" -D FORWARD "+strings.Join(hookRule, " "))
+			changed = append(changed, c.name+" -D FORWARD "+strings.Join(h.rule, " "))
 			continue
 		}
-		if err := c.ipt.Insert("filter", "FORWARD", c.place, hookRule...); err != nil {
+		if err := c.ipt.Insert("filter", "FORWARD", c.place, h.rule...); err != nil {
 			return changed, fmt.Errorf("%s: insert rule into FORWARD: %w", c.name, err)
 		}
-		changed = append(changed, fmt.Sprintf("%s -I FORWARD %d %s", c.name, c.place, strings.Join(hookRule, " ")))
+		changed = append(changed, fmt.Sprintf("%s -I FORWARD %d %s", c.name, c.place, strings.Join(h.rule, " ")))
 	}
 	return changed, nil
 }
@@ -102,7 +107,7 @@ func (h *hook) remove(ctx context.Context) error {
 	}
 	var errs []error
 	for _, c := range chains {
-		errs = append(errs, c.clear(ctx))
+		errs = append(errs, c.clear(ctx, h.rule))
 	}
 	return errors.Join(errs...)
 }
@@ -144,7 +149,7 @@ func (h *hook) chainsLocked(ctx context.Context) ([]forwardChain, error) {
 				h.warnLocked(t.name, fmt.Errorf("list FORWARD: %w", err))
 				continue
 			}
-			t.read(lines)
+			t.read(lines, h.rule)
 			chains = append(chains, t)
 		}
 	}
@@ -232,7 +237,7 @@ func (h *hook) warnLocked(what string, err error) {
 }
 
 // read fills in the chain from what iptables -S FORWARD printed.
-func (c *forwardChain) read(lines []string) {
+func (c *forwardChain) read(lines, ours []string) {
 	needed, pos := false, 0
 	var others []string // without ours
 	for _, l := range lines {
@@ -245,7 +250,7 @@ func (c *forwardChain) read(lines []string) {
 			continue
 		}
 		pos++
-		if isHookRule(rule) {
+		if isHookRule(rule, ours) {
 			c.ours = append(c.ours, pos)
 			continue
 		}
@@ -277,12 +282,12 @@ func (c *forwardChain) right() bool {
 
 // clear deletes our rules from the chain, by content and not by number: in
 // the meantime the numbers may belong to others.
-func (c *forwardChain) clear(ctx context.Context) error {
+func (c *forwardChain) clear(ctx context.Context, ours []string) error {
 	for range c.ours {
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("%s: delete rule from FORWARD: %w", c.name, err)
 		}
-		err := c.ipt.Delete("filter", "FORWARD", hookRule...)
+		err := c.ipt.Delete("filter", "FORWARD", ours...)
 		if e := (*iptables.Error)(nil); errors.As(err, &e) && e.IsNotExist() {
 			return nil
 		}
@@ -293,8 +298,8 @@ func (c *forwardChain) clear(ctx context.Context) error {
 	return nil
 }
 
-func isHookRule(rule string) bool {
-	return strings.ReplaceAll(rule, `"`, "") == strings.Join(hookRule, " ")
+func isHookRule(rule string, ours []string) bool {
+	return strings.ReplaceAll(rule, `"`, "") == strings.Join(ours, " ")
 }
 
 // mayDrop reports whether a rule, or a chain it leads to, could end a

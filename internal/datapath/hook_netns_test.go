@@ -55,7 +55,7 @@ func TestHookPlace(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var c forwardChain
-			c.read(tt.lines)
+			c.read(tt.lines, hookRule("weft"))
 			if c.place != tt.place || c.right() != tt.right {
 				t.Errorf("place %d, right %t; want %d, %t (%+v)", c.place, c.right(), tt.place, tt.right, c)
 			}
@@ -83,7 +83,7 @@ func wantHook(t *testing.T, h *hook, wantChanged int, wantPresent bool) {
 
 func TestHook(t *testing.T) {
 	ns := netnstest.Enter(t)
-	h := newHook(quiet())
+	h := newHook(quiet(), "weft")
 
 	// Nobody filters: nothing to do, and no table of iptables comes to be.
 	wantHook(t, h, 0, false)
@@ -121,7 +121,7 @@ func TestHook(t *testing.T) {
 	}
 	// Ours go, and only ours.
 	ns.Exec("iptables-nft", "-A", "FORWARD", "-m", "comment", "--comment", "weft", "-j", "ACCEPT")
-	ns.Exec("ip6tables-nft", append([]string{"-A", "FORWARD"}, hookRule...)...) // twice there
+	ns.Exec("ip6tables-nft", append([]string{"-A", "FORWARD"}, hookRule("weft")...)...) // twice there
 	for range 2 {
 		if err := h.remove(t.Context()); err != nil {
 			t.Fatal(err)
@@ -180,7 +180,7 @@ func TestHookAndDockerUser(t *testing.T) {
 func TestHookWithoutIptables(t *testing.T) {
 	netnstest.Enter(t)
 	log, logged := test.NewNullLogger()
-	h := newHook(log)
+	h := newHook(log, "weft")
 	h.dirs = []string{t.TempDir()}
 	t.Setenv("PATH", h.dirs[0])
 	wantHook(t, h, 0, false)
@@ -204,13 +204,13 @@ func TestHookPlainProgram(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			h := newHook(quiet())
+			h := newHook(quiet(), "weft")
 			h.dirs = []string{dir}
 			t.Setenv("PATH", dir)
 			wantHook(t, h, 0, false)
 			ns.Exec("/usr/sbin/iptables-"+tt.variant, "-P", "FORWARD", "DROP")
 			wantHook(t, h, 1, true)
-			ns.Exec("/usr/sbin/iptables-"+tt.variant, append([]string{"-C", "FORWARD"}, hookRule...)...)
+			ns.Exec("/usr/sbin/iptables-"+tt.variant, append([]string{"-C", "FORWARD"}, hookRule("weft")...)...)
 		})
 	}
 }
@@ -218,7 +218,7 @@ func TestHookPlainProgram(t *testing.T) {
 // BenchmarkHook is what a reconciliation pays where nothing is to be done.
 func BenchmarkHook(b *testing.B) {
 	ns := netnstest.Enter(b)
-	h := newHook(quiet())
+	h := newHook(quiet(), "weft")
 	ns.Exec("iptables-nft", "-P", "FORWARD", "DROP")
 	for range b.N {
 		if _, err := h.ensure(b.Context()); err != nil {

@@ -321,7 +321,7 @@ func (k *Kernel) Bridged(ctx context.Context) ([]netip.Prefix, error) {
 func (l *links) uplinks(ctx context.Context, all []link) ([]string, error) {
 	foreign := make(map[int]string)
 	for _, x := range all {
-		if x.kind == "bridge" && !x.ours() {
+		if x.kind == "bridge" && !x.ours() && !x.another() {
 			foreign[x.index] = x.name
 		}
 	}

@@ -18,7 +18,8 @@ const undoTimeout = 10 * time.Second
 
 // Config is what a Kernel needs.
 type Config struct {
-	Log logrus.FieldLogger
+	Instance string // empty means DefaultInstance
+	Log      logrus.FieldLogger
 }
 
 // Kernel is the door to the kernel. Its methods may be called concurrently;
@@ -45,21 +46,25 @@ func New(c Config) (_ *Kernel, err error) {
 	if c.Log == nil {
 		return nil, errors.New("datapath needs a logger")
 	}
+	in, err := instanceOf(c.Instance)
+	if err != nil {
+		return nil, err
+	}
 	k := &Kernel{
 		log:        c.Log,
 		sysctl:     &sysctl{root: "/proc/sys"},
 		sockets:    newSockets(c.Log),
-		hook:       newHook(c.Log),
+		hook:       newHook(c.Log, in.table),
 		resolvConf: "/etc/resolv.conf",
 	}
-	if k.links, err = newLinks(); err != nil {
+	if k.links, err = newLinks(in); err != nil {
 		return nil, err
 	}
-	if k.firewall, err = newFirewall(c.Log); err != nil {
+	if k.firewall, err = newFirewall(c.Log, in.table); err != nil {
 		k.links.close()
 		return nil, err
 	}
-	k.shortcuts = newShortcuts(c.Log, k.firewall.ns)
+	k.shortcuts = newShortcuts(c.Log, in.table, k.firewall.ns)
 	k.flows = newFlows(c.Log)
 	return k, nil
 }

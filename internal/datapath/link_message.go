@@ -15,11 +15,6 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// Group is the link group of every link that we make, and nobody else's: the
-// mark by which they are known again. It is "weft" in ASCII; the kernel takes
-// it in the creating message, so that there is no moment without it.
-const Group uint32 = 0x77656674
-
 // answerTimeout bounds the wait for one answer of the kernel. Deletes wait for
 // an RCU grace period (some 17 ms) and for each other; nothing waits for
 // seconds unless the kernel is in trouble.
@@ -34,11 +29,12 @@ const skipStatistics = 1 << 3
 // lookups parse far more than is asked. A socket serves one request at a time.
 type rtnl struct {
 	sockets map[int]*nl.SocketHandle
+	group   uint32 // of what is ours
 }
 
 // newRTNL opens the socket in the calling thread's network namespace, which it
 // stays in.
-func newRTNL() (*rtnl, error) {
+func newRTNL(group uint32) (*rtnl, error) {
 	s, err := nl.GetNetlinkSocketAt(netns.None(), netns.None(), unix.NETLINK_ROUTE)
 	if err != nil {
 		return nil, fmt.Errorf("open netlink: %w", err)
@@ -51,7 +47,7 @@ func newRTNL() (*rtnl, error) {
 		s.Close()
 		return nil, fmt.Errorf("set netlink timeout: %w", err)
 	}
-	return &rtnl{sockets: map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
+	return &rtnl{group: group, sockets: map[int]*nl.SocketHandle{unix.NETLINK_ROUTE: {Socket: s}}}, nil
 }
 
 func (c *rtnl) close() {
@@ -67,6 +63,7 @@ type link struct {
 	away          bool // that namespace is another one
 	name, kind    string
 	group         uint32
+	mine          bool // the group is ours
 	mtu           int
 	mac           MAC
 	up            bool
@@ -82,7 +79,7 @@ type link struct {
 	vlan, mode, flags int
 }
 
-func (l link) ours() bool { return l.group == Group }
+func (l link) ours() bool { return l.mine }
 
 // request starts a message about the link with that index, or none (0).
 func (c *rtnl) request(kind, flags int, info nl.IfInfomsg) *nl.NetlinkRequest {
@@ -119,7 +116,7 @@ func (c *rtnl) get(name string) (link, error) {
 	if len(msgs) != 1 {
 		return link{}, fmt.Errorf("look up link %s: %d answers", name, len(msgs))
 	}
-	return parseLink(msgs[0])
+	return c.parse(msgs[0])
 }
 
 // list returns all links of the namespace.
@@ -147,7 +144,7 @@ func (c *rtnl) listOnce(which ...*nl.RtAttr) ([]link, error) {
 	}
 	links := make([]link, 0, len(msgs))
 	for _, msg := range msgs {
-		l, err := parseLink(msg)
+		l, err := c.parse(msg)
 		if err != nil {
 			return nil, err
 		}
@@ -179,7 +176,7 @@ func dump[T any](ctx context.Context, list func() (T, error)) (T, error) {
 	}
 }
 
-// create makes a link in one message; data is what its kind needs to know: the
+// create makes a link of ours in one message; data is what its kind needs to know: the
 // other end of a veth pair, the mode of a sub-interface, the VNI of a tunnel.
 func (c *rtnl) create(l link, data ...*nl.RtAttr) error {
 	req := c.request(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL|unix.NLM_F_ACK, linkInfo(0, l.up))
@@ -187,7 +184,7 @@ func (c *rtnl) create(l link, data ...*nl.RtAttr) error {
 		req.AddData(a)
 	}
 	req.AddData(nl.NewRtAttr(unix.IFLA_IFNAME, nl.ZeroTerminated(l.name)))
-	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(l.group)))
+	req.AddData(nl.NewRtAttr(unix.IFLA_GROUP, nl.Uint32Attr(c.group)))
 	if l.peer != 0 {
 		req.AddData(nl.NewRtAttr(unix.IFLA_LINK, nl.Uint32Attr(uint32(l.peer))))
 	}
@@ -290,6 +287,12 @@ func (c *rtnl) remove(index int) error {
 		return nil
 	}
 	return err
+}
+
+func (c *rtnl) parse(msg []byte) (link, error) {
+	l, err := parseLink(msg)
+	l.mine = l.group == c.group
+	return l, err
 }
 
 // parseLink reads one RTM_NEWLINK message without its netlink header.

@@ -32,21 +32,21 @@ type links struct {
 	packet  int             // a socket for Announce; it hears nothing
 }
 
-func newLinks() (_ *links, err error) {
+func newLinks(in instance) (_ *links, err error) {
 	l := &links{deletes: make(chan *rtnl, deleters), ioctl: -1, packet: -1}
 	defer func() {
 		if err != nil {
 			l.close()
 		}
 	}()
-	if l.change, err = newRTNL(); err != nil {
+	if l.change, err = newRTNL(in.group); err != nil {
 		return nil, err
 	}
-	if l.dumps, err = newRTNL(); err != nil {
+	if l.dumps, err = newRTNL(in.group); err != nil {
 		return nil, err
 	}
 	for range deleters {
-		c, err := newRTNL()
+		c, err := newRTNL(in.group)
 		if err != nil {
 			return nil, err
 		}
@@ -127,6 +127,9 @@ func kindName(kind string) string {
 
 // own checks that a link found under one of our names was made by us.
 func (l link) own(kind string) error {
+	if l.another() {
+		return fmt.Errorf("%s exists and belongs to another instance of weft (link group %#x)", l.name, l.group)
+	}
 	if !l.ours() {
 		return fmt.Errorf("%s exists and is not ours (link group %d)", l.name, l.group)
 	}
@@ -138,7 +141,7 @@ func (l link) own(kind string) error {
 
 // bridge makes or mends a bridge, without its addresses.
 func (l *links) bridge(b Bridge, d *done) error {
-	want := link{name: b.Name, kind: "bridge", group: Group, mtu: b.MTU, mac: b.MAC, up: true, noSnooping: b.NoSnooping}
+	want := link{name: b.Name, kind: "bridge", mtu: b.MTU, mac: b.MAC, up: true, noSnooping: b.NoSnooping}
 	have, err := l.change.get(b.Name)
 	if errors.Is(err, ErrAbsent) {
 		return l.newBridge(want, b, d)
@@ -341,7 +344,7 @@ func (l *links) veth(v Veth, d *done) error {
 	if err != nil {
 		return fmt.Errorf("create veth %s: bridge %s: %w", v.Name, v.Master, err)
 	}
-	want := link{name: v.Name, kind: "veth", group: Group, master: master, mtu: v.MTU, mac: hostMAC(v.PeerMAC), up: true,
+	want := link{name: v.Name, kind: "veth", master: master, mtu: v.MTU, mac: hostMAC(v.PeerMAC), up: true,
 		isolated: v.Isolated, hairpin: v.Hairpin}
 	err = l.change.create(want, vethPeer(v))
 	made := err == nil
@@ -412,8 +415,8 @@ func (l *links) portFlags(have, want link, made bool, d *done) error {
 // doomed is a link to delete.
 type doomed struct{ name, kind string }
 
-// remove deletes links side by side. Those that are absent are success; those
-// that are not ours stay and are an error.
+// remove deletes links side by side. Those that are absent are success, and so
+// are those that are not ours, which stay.
 func (l *links) remove(ctx context.Context, list []doomed) error {
 	if len(list) == 1 {
 		return l.removeOne(ctx, list[0])
@@ -454,8 +457,9 @@ func (l *links) removeOne(ctx context.Context, x doomed) error {
 	if err != nil {
 		return err
 	}
-	if err := have.own(x.kind); err != nil {
-		return fmt.Errorf("not removed: %s %w", x.kind, err)
+	// Somebody else's under that name: ours, if there was one, is gone.
+	if have.own(x.kind) != nil {
+		return nil
 	}
 	if err := c.remove(have.index); err != nil {
 		return fmt.Errorf("remove %s %s: %w", x.kind, x.name, err)

@@ -508,7 +508,11 @@ func TestOverlayRefusals(t *testing.T) {
 	}
 	k, host := newKernel(t)
 	host.Exec("ip", "link", "add", "wfx0", "type", "vxlan", "id", "7", "dstport", "4789", "local", "192.0.2.7")
-	wantError(t, k.Remove(t.Context(), overlay(1, false, 1400)), "wfx0", "not ours")
+	before := host.Exec("ip", "-o", "link")
+	remove(t, k, overlay(1, false, 1400))
+	if after := host.Exec("ip", "-o", "link"); after != before {
+		t.Errorf("another's device was changed:\n%s", cmp.Diff(before, after))
+	}
 	v := overlay(1, false, 1400).VXLANs
 	v[0].Name, v[0].Master = "wfx1", "none"
 	_, err := k.Ensure(t.Context(), State{VXLANs: v})

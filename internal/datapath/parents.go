@@ -75,7 +75,7 @@ func (l *links) parent(p Parent, d *done) error {
 }
 
 func (l *links) newParent(p Parent, d *done) error {
-	want := link{name: p.Name, kind: p.kind(), group: Group, up: true}
+	want := link{name: p.Name, kind: p.kind(), up: true}
 	var data []*nl.RtAttr
 	if p.Lower != "" {
 		lower, err := l.index(p.Lower)
@@ -107,7 +107,7 @@ func (l *links) child(ctx context.Context, c Child, d *done) error {
 	if err != nil {
 		return fmt.Errorf("make %s: parent %s %w", c.Name, c.Parent, err)
 	}
-	want := link{name: c.Name, kind: c.Kind, group: Group, peer: lower, mtu: c.MTU, mac: c.MAC, up: c.Stays,
+	want := link{name: c.Name, kind: c.Kind, peer: lower, mtu: c.MTU, mac: c.MAC, up: c.Stays,
 		mode: modes[c.Kind][c.Mode], flags: ipvlanFlags[c.Flag]}
 	err = l.change.create(want, want.childData()...)
 	if errors.Is(err, unix.EEXIST) {

@@ -63,6 +63,7 @@ func (s Shortcut) table() shortcutMap {
 // its name, so that it costs the same whatever their number.
 type shortcuts struct {
 	log   logrus.FieldLogger
+	table string   // its name
 	ns    *os.File // the firewall's
 	probe string   // a link that is always there; tests have others
 
@@ -71,8 +72,8 @@ type shortcuts struct {
 	can  *bool // nil: not asked yet
 }
 
-func newShortcuts(log logrus.FieldLogger, ns *os.File) *shortcuts {
-	return &shortcuts{log: log, ns: ns, probe: "lo"}
+func newShortcuts(log logrus.FieldLogger, table string, ns *os.File) *shortcuts {
+	return &shortcuts{log: log, table: table, ns: ns, probe: "lo"}
 }
 
 func (s *shortcuts) close() {
@@ -87,7 +88,7 @@ func (s *shortcuts) usableLocked(until time.Time) bool {
 	if s.can != nil {
 		return *s.can
 	}
-	const table = tableName + "_probe"
+	const table = tableName + ".probe" // no instance has a name with a dot
 	var b nfBatch
 	b.table(table, unix.NFT_MSG_NEWTABLE)
 	b.set(table, shortcutMap{"probe", true})
@@ -128,7 +129,7 @@ func (s *shortcuts) ensure(ctx context.Context, list []Shortcut, index func(stri
 	}
 	d.made.Shortcuts = append(d.made.Shortcuts, made...)
 	if n := len(made) + mended; n > 0 {
-		d.say("nft table netdev %s: %d shortcuts past the bridge", tableName, n)
+		d.say("nft table netdev %s: %d shortcuts past the bridge", s.table, n)
 	}
 	return nil
 }
@@ -153,13 +154,13 @@ func (s *shortcuts) changeLocked(ctx context.Context, plan func(until time.Time)
 
 // additionsLocked is what list lacks, table and maps included.
 func (s *shortcuts) additionsLocked(until time.Time, list []Shortcut, index func(string) (int, error)) (b nfBatch, made []Shortcut, mended int, err error) {
-	b.table(tableName, unix.NFT_MSG_NEWTABLE)
+	b.table(s.table, unix.NFT_MSG_NEWTABLE)
 	begun := map[string]bool{}
 	begin := func(tunnel string) {
 		if !begun[tunnel] {
 			begun[tunnel] = true
-			b.set(tableName, shortcutMap{tunnel, true})
-			b.set(tableName, shortcutMap{tunnel, false})
+			b.set(s.table, shortcutMap{tunnel, true})
+			b.set(s.table, shortcutMap{tunnel, false})
 		}
 	}
 	for _, x := range list {
@@ -184,15 +185,15 @@ func (s *shortcuts) additionsLocked(until time.Time, list []Shortcut, index func
 		begin(x.Tunnel)
 		switch {
 		case x.hook() && there:
-			b.drop(unix.NFT_MSG_DELCHAIN, x.Link)
+			b.drop(s.table, unix.NFT_MSG_DELCHAIN, x.Link)
 		case there:
-			b.element(unix.NFT_MSG_DELSETELEM, x.table(), x.MAC, 0)
+			b.element(s.table, unix.NFT_MSG_DELSETELEM, x.table(), x.MAC, 0)
 		}
 		if x.hook() {
-			b.chain(tableName, x.Link)
-			b.rule(tableName, x.Link, x.table())
+			b.chain(s.table, x.Link)
+			b.rule(s.table, x.Link, x.table())
 		} else {
-			b.element(unix.NFT_MSG_NEWSETELEM, x.table(), x.MAC, number)
+			b.element(s.table, unix.NFT_MSG_NEWSETELEM, x.table(), x.MAC, number)
 		}
 		if there {
 			mended++
@@ -244,7 +245,7 @@ func (s *shortcuts) removalsLocked(until time.Time, list []Shortcut) (b nfBatch,
 			return b, false, err
 		}
 		if there {
-			b.drop(unix.NFT_MSG_DELCHAIN, x.Link)
+			b.drop(s.table, unix.NFT_MSG_DELCHAIN, x.Link)
 		}
 		if x.Link == x.Tunnel {
 			going = append(going, x.Tunnel)
@@ -259,7 +260,7 @@ func (s *shortcuts) removalsLocked(until time.Time, list []Shortcut) (b nfBatch,
 			return b, false, err
 		}
 		if there {
-			b.element(unix.NFT_MSG_DELSETELEM, x.table(), x.MAC, 0)
+			b.element(s.table, unix.NFT_MSG_DELSETELEM, x.table(), x.MAC, 0)
 		}
 	}
 	for _, t := range going {
@@ -270,7 +271,7 @@ func (s *shortcuts) removalsLocked(until time.Time, list []Shortcut) (b nfBatch,
 				return b, false, err
 			}
 			if there {
-				b.drop(unix.NFT_MSG_DELSET, m.name())
+				b.drop(s.table, unix.NFT_MSG_DELSET, m.name())
 			}
 		}
 	}
@@ -292,7 +293,7 @@ func (s *shortcuts) emptyLocked(until time.Time) (b nfBatch, err error) {
 		return b, err
 	}
 	if len(sets) == 0 && len(chains) == 0 {
-		b.table(tableName, unix.NFT_MSG_DELTABLE)
+		b.table(s.table, unix.NFT_MSG_DELTABLE)
 	}
 	return b, nil
 }
@@ -322,7 +323,7 @@ func (s *shortcuts) hookLocked(until time.Time, x Shortcut) (there, right bool, 
 // entryLocked asks for the number of the link that an entry leads to.
 func (s *shortcuts) entryLocked(until time.Time, x Shortcut) (number int, there bool, err error) {
 	var b nfBatch
-	b.element(unix.NFT_MSG_GETSETELEM, x.table(), x.MAC, 0)
+	b.element(s.table, unix.NFT_MSG_GETSETELEM, x.table(), x.MAC, 0)
 	msgs, err := s.askLocked(until, b)
 	if errors.Is(err, unix.ENOENT) {
 		return 0, false, nil
@@ -354,7 +355,7 @@ func (s *shortcuts) owned(ctx context.Context, names map[int]string) (list []Sho
 	until := deadline(ctx)
 	if list, err = s.ownedLocked(until, names); err != nil {
 		s.hangUpLocked()
-		return nil, true, fmt.Errorf("read nft table netdev %s: %w", tableName, err)
+		return nil, true, fmt.Errorf("read nft table netdev %s: %w", s.table, err)
 	}
 	return list, true, nil
 }

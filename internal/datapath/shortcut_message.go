@@ -135,7 +135,7 @@ func (b *nfBatch) rule(table, chain string, m shortcutMap) {
 }
 
 // element adds, deletes or asks for an entry; only to add it needs the number.
-func (b *nfBatch) element(kind int, m shortcutMap, mac MAC, number int) {
+func (b *nfBatch) element(table string, kind int, m shortcutMap, mac MAC, number int) {
 	value := func(data []byte) func(*netlink.AttributeEncoder) error {
 		return func(ae *netlink.AttributeEncoder) error {
 			ae.Bytes(unix.NFTA_DATA_VALUE, data)
@@ -147,7 +147,7 @@ func (b *nfBatch) element(kind int, m shortcutMap, mac MAC, number int) {
 		flags = netlink.Create | netlink.Excl
 	}
 	b.add(kind, flags, func(ae *netlink.AttributeEncoder) {
-		ae.String(unix.NFTA_SET_ELEM_LIST_TABLE, tableName)
+		ae.String(unix.NFTA_SET_ELEM_LIST_TABLE, table)
 		ae.String(unix.NFTA_SET_ELEM_LIST_SET, m.name())
 		ae.Nested(unix.NFTA_SET_ELEM_LIST_ELEMENTS, func(ae *netlink.AttributeEncoder) error {
 			ae.Nested(unix.NFTA_LIST_ELEM, func(ae *netlink.AttributeEncoder) error {
@@ -164,11 +164,11 @@ func (b *nfBatch) element(kind int, m shortcutMap, mac MAC, number int) {
 
 // drop deletes a chain, with its rule, or a map. The attributes of all objects
 // begin with the table and the name.
-func (b *nfBatch) drop(kind int, name string) { b.named(kind, 0, name) }
+func (b *nfBatch) drop(table string, kind int, name string) { b.named(table, kind, 0, name) }
 
-func (b *nfBatch) named(kind int, flags netlink.HeaderFlags, name string) {
+func (b *nfBatch) named(table string, kind int, flags netlink.HeaderFlags, name string) {
 	b.add(kind, flags, func(ae *netlink.AttributeEncoder) {
-		ae.String(unix.NFTA_CHAIN_TABLE, tableName)
+		ae.String(unix.NFTA_CHAIN_TABLE, table)
 		switch {
 		case name == "":
 		case kind == unix.NFT_MSG_GETCHAIN || kind == unix.NFT_MSG_DELCHAIN:
@@ -266,7 +266,7 @@ func (s *shortcuts) askLocked(until time.Time, b nfBatch) ([]netlink.Message, er
 // getLocked asks for one object by its name.
 func (s *shortcuts) getLocked(until time.Time, kind int, name string) (netlink.Message, error) {
 	var b nfBatch
-	b.named(kind, 0, name)
+	b.named(s.table, kind, 0, name)
 	msgs, err := s.askLocked(until, b)
 	if err == nil && len(msgs) != 1 {
 		err = fmt.Errorf("%d answers", len(msgs))
@@ -281,7 +281,7 @@ func (s *shortcuts) getLocked(until time.Time, kind int, name string) (netlink.M
 // one chain if it is named. That nothing is there is an answer.
 func (s *shortcuts) dumpLocked(until time.Time, kind int, name string) ([]netlink.Message, error) {
 	var b nfBatch
-	b.named(kind, netlink.Dump, name)
+	b.named(s.table, kind, netlink.Dump, name)
 	msgs, err := s.askLocked(until, b)
 	if errors.Is(err, unix.ENOENT) {
 		return nil, nil
@@ -380,7 +380,7 @@ func (s *shortcuts) chainsLocked(until time.Time) ([]nfChain, error) {
 		if err != nil {
 			return nil, fmt.Errorf("list chains: %w", err)
 		}
-		if c.table == tableName {
+		if c.table == s.table {
 			list = append(list, c)
 		}
 	}

@@ -78,7 +78,7 @@ func (l *links) vxlan(ctx context.Context, v VXLAN, d *done) error {
 	if err != nil {
 		return fmt.Errorf("create vxlan %s: bridge %s: %w", v.Name, v.Master, err)
 	}
-	want := link{name: v.Name, kind: kindVXLAN, group: Group, master: master, mtu: v.MTU, mac: v.MAC, up: true, suppress: true,
+	want := link{name: v.Name, kind: kindVXLAN, master: master, mtu: v.MTU, mac: v.MAC, up: true, suppress: true,
 		tunnel: tunnel{vni: int(v.VNI), port: v.Port, local: v.Local}}
 	have, err := l.change.get(v.Name)
 	how := "made"

@@ -1,0 +1,160 @@
+package datapath
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"net"
+	"os"
+	"regexp"
+	"strings"
+	"time"
+	"unicode"
+
+	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
+)
+
+// DefaultInstance is the one whose objects have no name in theirs.
+const DefaultInstance = "local"
+
+// Group is the link group of every link that the default instance makes, and
+// nobody else's: the mark by which they are known again. It is "weft" in ASCII;
+// the kernel takes it in the creating message, so that there is no moment
+// without it. Those of other instances share its first byte.
+const Group uint32 = 0x77656674
+
+// instance is what keeps the objects of several wefts on a host apart. The bits
+// in the mark are the same for all: each table acts on its own sets alone, and
+// what one of them lets through, the others may still drop.
+type instance struct {
+	name  string
+	group uint32 // of links
+	table string // of nftables, in each family; and the comment in others' chains
+}
+
+// instanceName has no character that nft or iptables would want quoted.
+var instanceName = regexp.MustCompile(`^[a-z][a-z0-9_]{0,14}$`)
+
+// CheckInstance says what is wrong with a name.
+func CheckInstance(name string) error {
+	if instanceName.MatchString(name) {
+		return nil
+	}
+	return fmt.Errorf("%q is not a name for an instance: use up to 15 letters a-z, digits and _, a letter first", name[:min(len(name), 32)])
+}
+
+func instanceOf(name string) (instance, error) {
+	if name == "" || name == DefaultInstance {
+		return instance{DefaultInstance, Group, tableName}, nil
+	}
+	if err := CheckInstance(name); err != nil {
+		return instance{}, err
+	}
+	h := fnv.New32a()
+	_, _ = h.Write([]byte(name)) // a hash never fails
+	group := Group&^0xffffff | h.Sum32()&0xffffff
+	if group == Group {
+		group++
+	}
+	return instance{name, group, tableName + "_" + name}, nil
+}
+
+// another reports whether the link is one of another instance's.
+func (l link) another() bool { return !l.mine && l.group>>24 == Group>>24 }
+
+// Lock is what one process of an instance holds.
+type Lock struct {
+	l net.Listener // nil where somebody keeps us from locking
+}
+
+// Close lets another process begin.
+func (k *Lock) Close() {
+	if k.l != nil {
+		_ = k.l.Close()
+	}
+}
+
+// Acquire makes this process the only one of its instance in the network
+// namespace of the calling thread, until the lock is closed or the process ends.
+// An abstract socket holds it: that needs no directory which all wefts of a host
+// can see, and leaves nothing behind. about describes this process to those that
+// come after it.
+//
+// Anybody on the host may bind that name. A user who is not root cannot keep us
+// from our work with it: then there is no lock, which is logged.
+func Acquire(ctx context.Context, log logrus.FieldLogger, name, about string) (*Lock, error) {
+	in, err := instanceOf(name)
+	if err != nil {
+		return nil, err
+	}
+	// The group and not the name: it is what must not be shared.
+	path := fmt.Sprintf("@weft/instance/%08x", in.group)
+	l, err := (&net.ListenConfig{}).Listen(ctx, "unix", path)
+	if err == nil {
+		go tell(l, about)
+		return &Lock{l}, nil
+	}
+	if !errors.Is(err, unix.EADDRINUSE) {
+		return nil, fmt.Errorf("make this process the only one of instance %s: %w", in.name, err)
+	}
+	holder, root := holderOf(ctx, path)
+	if !root {
+		log.WithField("socket", path).Warn("a process of another user holds the lock of this instance: going on without it")
+		return &Lock{}, nil
+	}
+	return nil, fmt.Errorf("instance %s runs already on this host (%s): stop that one, or give this one another name with INSTANCE=NAME", in.name, holder)
+}
+
+// tell answers everybody who asks who holds the lock.
+func tell(l net.Listener, about string) {
+	for {
+		c, err := l.Accept()
+		if err != nil {
+			return // closed
+		}
+		_ = c.SetDeadline(time.Now().Add(lockAnswer))
+		_, _ = io.WriteString(c, about)
+		_ = c.Close()
+	}
+}
+
+// lockAnswer bounds the wait for the holder's description.
+const lockAnswer = time.Second
+
+// holderOf describes the process that holds a lock; root is false where it
+// belongs to neither root nor our own user.
+func holderOf(ctx context.Context, path string) (holder string, root bool) {
+	ctx, cancel := context.WithTimeout(ctx, lockAnswer)
+	defer cancel()
+	c, err := (&net.Dialer{}).DialContext(ctx, "unix", path)
+	if err != nil {
+		return "", false // bound and not listening: no weft
+	}
+	defer func() { _ = c.Close() }()
+	raw, err := c.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return "", false
+	}
+	var who *unix.Ucred
+	if cerr := raw.Control(func(fd uintptr) { who, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil || err != nil {
+		return "", false
+	}
+	if who.Uid != 0 && int(who.Uid) != os.Geteuid() {
+		return "", false
+	}
+	_ = c.SetDeadline(time.Now().Add(lockAnswer))
+	text, _ := io.ReadAll(io.LimitReader(c, 200)) // one that hangs says nothing
+	about := strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return '?'
+	}, string(text))
+	if who.Pid != 0 { // 0 is one in a PID namespace that we do not see
+		about = strings.TrimSuffix(fmt.Sprintf("process %d, %s", who.Pid, about), ", ")
+	}
+	return about, true
+}
