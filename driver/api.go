@@ -152,7 +152,7 @@ func (d *Driver) handleDeleteNetwork(ctx context.Context, req wire.DeleteNetwork
 	return plugin.Empty{}, d.deleteNetwork(ctx, req.NetworkID)
 }
 
-func (d *Driver) handleCreateEndpoint(ctx context.Context, req wire.CreateEndpointRequest) (wire.CreateEndpointResponse, error) {
+func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndpointRequest) (wire.CreateEndpointResponse, error) {
 	var resp wire.CreateEndpointResponse
 	if err := checkIDs(req.NetworkID, req.EndpointID); err != nil {
 		return resp, err
@@ -214,7 +214,7 @@ func (d *Driver) stationMAC(n Network, e Endpoint) (datapath.MAC, bool) {
 
 // parseInterface reads what the engine has decided about an endpoint. The MAC
 // stays zero where that is left to us.
-func parseInterface(n Network, req wire.CreateEndpointRequest) (Endpoint, error) {
+func parseInterface(n Network, req plugin.CreateEndpointRequest) (Endpoint, error) {
 	e := Endpoint{Version: recordVersion, ID: req.EndpointID, Network: n.ID}
 	if req.Interface == nil {
 		return e, nil
@@ -283,7 +283,7 @@ func (d *Driver) endpointInfo(_ context.Context, req wire.InfoRequest) (plugin.E
 	return plugin.EndpointInfoResponse{Value: map[string]any{}}, checkIDs(req.NetworkID, req.EndpointID)
 }
 
-func (d *Driver) handleJoin(ctx context.Context, req wire.JoinRequest) (plugin.JoinResponse, error) {
+func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin.JoinResponse, error) {
 	var resp plugin.JoinResponse
 	ports, err := plugin.ParsePortMap(req.Options)
 	if err != nil {
@@ -345,7 +345,7 @@ func (d *Driver) handleLeave(ctx context.Context, req wire.LeaveRequest) (plugin
 	})
 }
 
-func (d *Driver) handleProgram(ctx context.Context, req wire.ProgramExternalConnectivityRequest) (plugin.Empty, error) {
+func (d *Driver) handleProgram(ctx context.Context, req plugin.ProgramExternalRequest) (plugin.Empty, error) {
 	return plugin.Empty{}, d.use(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
 		return d.program(ctx, n, e, req.Options)
 	})

@@ -8,6 +8,8 @@ import (
 	wire "github.com/docker/go-plugins-helpers/network"
 
 	"github.com/weftnet/weft/internal/store"
+
+	"github.com/weftnet/weft/internal/plugin"
 )
 
 // BenchmarkCreateEndpoint is what the driver and its store add to a container
@@ -58,7 +60,7 @@ func BenchmarkRecover(b *testing.B) {
 func benchEndpoint(i int) Endpoint {
 	rec := Endpoint{Version: recordVersion, ID: numbered(i + 1), Network: net1}
 	p, err := parseInterface(Network{Subnets: []Subnet{subnet("10.0.0.0/8", "10.0.0.1/8")}},
-		wire.CreateEndpointRequest{EndpointID: rec.ID, Interface: &wire.EndpointInterface{Address: fmt.Sprintf("10.1.%d.%d/8", i/250, 2+i%250)}})
+		plugin.CreateEndpointRequest{EndpointID: rec.ID, Interface: &wire.EndpointInterface{Address: fmt.Sprintf("10.1.%d.%d/8", i/250, 2+i%250)}})
 	if err != nil {
 		panic(err)
 	}

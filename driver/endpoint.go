@@ -310,8 +310,8 @@ func (d *Driver) program(ctx context.Context, n *network, e *endpoint, options m
 		return errors.New("the endpoint's link is gone: disconnect and connect the container again")
 	}
 	if len(wishes) > 0 && n.rec.onParent() && !n.rec.Options.reachable() {
-		return fmt.Errorf("publish port %d/%s: %s keeps the host from the container: use %s, or publish no ports",
-			wishes[0].targets[0].to.Port(), wishes[0].proto, n.rec.Options.keepsOut(n.rec.Mode), n.rec.Options.letsIn(n.rec.Mode))
+		return fmt.Errorf("publish %s: %s keeps the host from the container: use %s, or publish no ports",
+			wishes[0], n.rec.Options.keepsOut(n.rec.Mode), n.rec.Options.letsIn(n.rec.Mode))
 	}
 	ports, err := d.choose(ctx, e.rec.Ports, wishes)
 	if err != nil {

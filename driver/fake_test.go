@@ -477,14 +477,24 @@ func (k *fakeKernel) Reserve(ctx context.Context, r datapath.PortRequest) (uint1
 	for port := int(first); port <= int(last); port++ {
 		free := !slices.ContainsFunc(r.Hosts, func(a netip.Addr) bool {
 			at := netip.AddrPortFrom(a, uint16(port))
-			_, held := k.sockets[datapath.Socket{Proto: r.Proto, Host: at}]
-			return held || k.taken[at]
+			x := datapath.Socket{Proto: r.Proto, Host: at, More: r.More}
+			for have := range k.sockets {
+				if have.Proto == r.Proto && have.Host.Addr() == a && have.Host.Port() <= at.Port()+r.More && at.Port() <= have.Host.Port()+have.More {
+					return true
+				}
+			}
+			for i := range uint32(x.More) + 1 {
+				if k.taken[netip.AddrPortFrom(a, at.Port()+uint16(i))] {
+					return true
+				}
+			}
+			return false
 		})
 		if !free {
 			continue
 		}
 		for _, a := range r.Hosts {
-			x := datapath.Socket{Proto: r.Proto, Host: netip.AddrPortFrom(a, uint16(port))}
+			x := datapath.Socket{Proto: r.Proto, Host: netip.AddrPortFrom(a, uint16(port)), More: r.More}
 			k.sockets[x] = x
 		}
 		return uint16(port), nil

@@ -10,6 +10,7 @@ import (
 	wire "github.com/docker/go-plugins-helpers/network"
 
 	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/plugin"
 )
 
 // act is one call of a story.
@@ -277,7 +278,8 @@ func TestAnsweredTooLate(t *testing.T) {
 	before := r.kernel.text()
 	ctx, cancel = context.WithCancel(t.Context())
 	r.kernel.seen = func(datapath.State) { cancel() }
-	_, err = r.d.handleCreateEndpoint(ctx, wire.CreateEndpointRequest{NetworkID: net1, EndpointID: ep1, Interface: &wire.EndpointInterface{Address: "10.1.0.2/24"}})
+	req := plugin.CreateEndpointRequest{NetworkID: net1, EndpointID: ep1, Interface: &wire.EndpointInterface{Address: "10.1.0.2/24"}}
+	_, err = r.d.handleCreateEndpoint(ctx, req)
 	if !errors.Is(err, context.Canceled) {
 		t.Errorf("CreateEndpoint: %v", err)
 	}

@@ -155,16 +155,16 @@ func realLife(t *testing.T, generic map[string]any, foreign string) {
 		IPv6Data: []*wire.IPAMData{{Pool: "fd00:1::/64", Gateway: "fd00:1::1/64"}},
 	})
 	h.ok("CreateNetwork", err)
-	_, err = h.d.handleCreateEndpoint(ctx, wire.CreateEndpointRequest{NetworkID: net1, EndpointID: ep1,
+	_, err = h.d.handleCreateEndpoint(ctx, plugin.CreateEndpointRequest{NetworkID: net1, EndpointID: ep1,
 		Interface: &wire.EndpointInterface{Address: "10.1.0.2/24", AddressIPv6: "fd00:1::2/64"}})
 	h.ok("CreateEndpoint", err)
 	h.restart()
 	h.idle("restart after CreateEndpoint")
-	joined, err := h.d.handleJoin(ctx, wire.JoinRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
+	joined, err := h.d.handleJoin(ctx, plugin.JoinRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
 	h.ok("Join", err)
 	here.Take(joined.InterfaceName.SrcName, "eth0", netip.MustParsePrefix("10.1.0.2/24"), netip.MustParsePrefix("fd00:1::2/64"))
 	h.idle("the engine's move")
-	_, err = h.d.handleProgram(ctx, wire.ProgramExternalConnectivityRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
+	_, err = h.d.handleProgram(ctx, plugin.ProgramExternalRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
 	h.ok("Program", err)
 	h.restart()
 	h.idle("restart after Program")
@@ -172,11 +172,11 @@ func realLife(t *testing.T, generic map[string]any, foreign string) {
 		here.Gateway(netip.MustParseAddr(joined.Gateway))
 		serve(t, here)
 	}
-	_, err = h.d.handleProgram(ctx, wire.ProgramExternalConnectivityRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
+	_, err = h.d.handleProgram(ctx, plugin.ProgramExternalRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
 	h.ok("Program again", err)
 	_, err = h.d.handleRevoke(ctx, wire.RevokeExternalConnectivityRequest{NetworkID: net1, EndpointID: ep1})
 	h.ok("Revoke", err)
-	_, err = h.d.handleProgram(ctx, wire.ProgramExternalConnectivityRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
+	_, err = h.d.handleProgram(ctx, plugin.ProgramExternalRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
 	h.ok("Program after Revoke", err)
 	_, err = h.d.handleLeave(ctx, wire.LeaveRequest{NetworkID: net1, EndpointID: ep1})
 	h.ok("Leave", err)

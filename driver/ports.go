@@ -20,35 +20,47 @@ const optionNoProxy6To4 = "com.docker.network.driver.private.no_proxy_6to4"
 func published(ports []PublishedPort, trusted []string) datapath.State {
 	var s datapath.State
 	for _, p := range ports {
+		to := datapath.Element{Net: single(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(), More: p.More}
 		for _, link := range trusted {
-			e := datapath.Element{
-				Set: datapath.SetTrusted, Link: link, Net: single(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(),
-			}
+			e := to
+			e.Set, e.Link = datapath.SetTrusted, link
 			if !slices.Contains(s.Elements, e) {
 				s.Elements = append(s.Elements, e)
 			}
 		}
 		if !p.Host.IsValid() {
-			s.Elements = append(s.Elements, datapath.Element{
-				Set: datapath.SetExposed, Net: single(p.Container.Addr()), Proto: p.Proto, Port: p.Container.Port(),
-			})
+			to.Set = datapath.SetExposed
+			s.Elements = append(s.Elements, to)
 			continue
 		}
-		s.Sockets = append(s.Sockets, datapath.Socket{Proto: p.Proto, Host: p.Host, To: p.Container})
+		s.Sockets = append(s.Sockets, datapath.Socket{Proto: p.Proto, Host: p.Host, To: p.Container, More: p.More})
 		at := p.Host.Addr()
 		if at.Is4() != p.Container.Addr().Is4() || at == netip.IPv6Loopback() {
 			continue // not translatable: the socket's proxy passes it on
 		}
-		net := single(at)
-		if at.IsUnspecified() {
-			net = familyOf(at).all()
-		}
-		s.Elements = append(s.Elements, datapath.Element{
-			Set: datapath.SetPublished, Net: net, Proto: p.Proto, Port: p.Host.Port(),
-			To: p.Container.Addr(), ToPort: p.Container.Port(),
-		})
+		s.Elements = append(s.Elements, p.translation()...)
 	}
 	return s
+}
+
+// translation leads from the host's ports to the container's. The kernel knows no
+// distance between ports: a range that does not keep its numbers is one by one.
+func (p PublishedPort) translation() []datapath.Element {
+	net := single(p.Host.Addr())
+	if p.Host.Addr().IsUnspecified() {
+		net = familyOf(p.Host.Addr()).all()
+	}
+	e := datapath.Element{Set: datapath.SetPublished, Net: net, Proto: p.Proto, Port: p.Host.Port(), To: p.Container.Addr()}
+	if p.More > 0 && p.keeps() {
+		e.More = p.More
+		return []datapath.Element{e}
+	}
+	list := make([]datapath.Element, 0, int(p.More)+1)
+	for i := range uint32(p.More) + 1 {
+		e.Port, e.ToPort = p.Host.Port()+uint16(i), p.Container.Port()+uint16(i)
+		list = append(list, e)
+	}
+	return list
 }
 
 // translated reports whether a host port leads to one of them. The container can
@@ -59,11 +71,36 @@ func translated(ports []PublishedPort) bool {
 }
 
 // wish is one port that should be published: on each of the hosts' addresses,
-// under one number.
+// under one number. With more it is a range of ports that follow it in step.
 type wish struct {
 	proto       datapath.Proto
 	first, last uint16
+	more        uint16
 	targets     []target // never empty
+}
+
+const (
+	// mostPorts is how many ports a container can publish: each has a socket.
+	mostPorts = 1 << 15
+	// mostEntries bounds what has a record of its own, a hundred bytes each: the
+	// ports and ranges of ports, on each host address.
+	mostEntries = 1 << 12
+)
+
+// checkAmount refuses what would not fit.
+func checkAmount(wishes []wish) error {
+	ports, entries := 0, 0
+	for _, w := range wishes {
+		ports += int(w.more) + 1
+		entries += len(w.targets)
+	}
+	switch {
+	case ports > mostPorts:
+		return fmt.Errorf("publish %d ports: a container can publish at most %d", ports, mostPorts)
+	case entries > mostEntries:
+		return fmt.Errorf("publish %d ports: more than %d are possible only as a range with host ports, as in -p 10000-20000:10000-20000/udp", ports, mostEntries)
+	}
+	return nil
 }
 
 // target is one host address, and where what arrives there goes. The zero
@@ -87,19 +124,38 @@ func parseWishes(n Network, e Endpoint, options map[string]any) ([]wish, error) 
 	no6to4, _ := options[optionNoProxy6To4].(bool)
 	var wishes []wish
 	for _, b := range bindings {
-		w := wish{proto: datapath.Proto(b.Proto), first: b.HostPort, last: b.HostPortEnd}
+		w := wish{proto: datapath.Proto(b.Proto), first: b.HostPort, last: b.HostPortEnd, more: b.More}
 		for _, f := range families {
 			if t, ok := translate(n, e, b, f, no6to4); ok && !slices.Contains(w.targets, t) {
 				w.targets = append(w.targets, t)
 			}
 		}
-		if len(w.targets) > 0 {
+		switch i := len(wishes) - 1; {
+		case len(w.targets) == 0:
+		case i >= 0 && wishes[i].followedBy(w):
+			wishes[i].more++
+		default:
 			wishes = append(wishes, w)
 		}
 	}
 	// A range or a free choice must not take what another binding names.
 	slices.SortStableFunc(wishes, func(a, b wish) int { return cmp.Compare(a.freedom(), b.freedom()) })
-	return wishes, nil
+	return wishes, checkAmount(wishes)
+}
+
+// followedBy reports whether o is the next port of the same range, where no host
+// port is to be chosen: containers that are reached by their own address.
+func (w wish) followedBy(o wish) bool {
+	direct := func(t target) bool { return !t.host.IsValid() }
+	if w.proto != o.proto || len(w.targets) != len(o.targets) || o.more > 0 || !slices.ContainsFunc(o.targets, direct) {
+		return false
+	}
+	for i, t := range w.targets {
+		if u := o.targets[i]; !direct(t) || !direct(u) || t.to.Addr() != u.to.Addr() || int(t.to.Port())+int(w.more)+1 != int(u.to.Port()) {
+			return false
+		}
+	}
+	return true
 }
 
 // freedom is how many ports would do.
@@ -166,6 +222,9 @@ func (d *Driver) choose(ctx context.Context, have []PublishedPort, wishes []wish
 
 // find is the wish fulfilled by some of have, or nil.
 func (w wish) find(have []PublishedPort) []PublishedPort {
+	if w.more > 0 {
+		return w.findRange(have)
+	}
 	for _, p := range have {
 		port := p.Host.Port()
 		if w.first != 0 && p.Host.IsValid() && (port < w.first || port > w.last) {
@@ -178,11 +237,46 @@ func (w wish) find(have []PublishedPort) []PublishedPort {
 	return nil
 }
 
+// findRange is find for a range. Before there were ranges in records its ports
+// were there one by one, and stay so.
+func (w wish) findRange(have []PublishedPort) []PublishedPort {
+	var found []PublishedPort
+	for _, want := range w.under(w.first) {
+		lacking := int(want.More) + 1
+		for _, p := range have {
+			if want.covers(p) {
+				lacking -= int(p.More) + 1
+				found = append(found, p)
+			}
+		}
+		if lacking != 0 {
+			return nil
+		}
+	}
+	return found
+}
+
+// covers reports whether q is p or a part of it.
+func (p PublishedPort) covers(q PublishedPort) bool {
+	at := int(q.Container.Port()) - int(p.Container.Port())
+	return p.Proto == q.Proto && p.Container.Addr() == q.Container.Addr() && p.Host.Addr() == q.Host.Addr() &&
+		at >= 0 && at+int(q.More) <= int(p.More) && (!p.Host.IsValid() || at == int(q.Host.Port())-int(p.Host.Port()))
+}
+
+// String names the container's port or ports.
+func (w wish) String() string {
+	port := w.targets[0].to.Port()
+	if w.more == 0 {
+		return fmt.Sprintf("port %d/%s", port, w.proto)
+	}
+	return fmt.Sprintf("ports %d-%d/%s", port, port+w.more, w.proto)
+}
+
 // under is the wish fulfilled with one number.
 func (w wish) under(port uint16) []PublishedPort {
 	ports := make([]PublishedPort, 0, len(w.targets))
 	for _, t := range w.targets {
-		p := PublishedPort{Proto: w.proto, Container: t.to}
+		p := PublishedPort{Proto: w.proto, Container: t.to, More: w.more}
 		if t.host.IsValid() {
 			p.Host = netip.AddrPortFrom(t.host, port)
 		}
@@ -193,7 +287,7 @@ func (w wish) under(port uint16) []PublishedPort {
 
 // reserve takes a number that is free on all host addresses of the wish.
 func (d *Driver) reserve(ctx context.Context, w wish) ([]PublishedPort, error) {
-	req := datapath.PortRequest{Proto: w.proto, First: w.first, Last: w.last}
+	req := datapath.PortRequest{Proto: w.proto, First: w.first, Last: w.last, More: w.more}
 	for _, t := range w.targets {
 		if t.host.IsValid() {
 			req.Hosts = append(req.Hosts, t.host)
@@ -204,7 +298,7 @@ func (d *Driver) reserve(ctx context.Context, w wish) ([]PublishedPort, error) {
 	}
 	port, err := d.kernel.Reserve(ctx, req)
 	if err != nil {
-		return nil, fmt.Errorf("publish port %d/%s: %w", w.targets[0].to.Port(), w.proto, err)
+		return nil, fmt.Errorf("publish %s: %w", w, err)
 	}
 	return w.under(port), nil
 }

@@ -100,7 +100,12 @@ type PublishedPort struct {
 	Proto     datapath.Proto
 	Host      netip.AddrPort
 	Container netip.AddrPort
+	// More is how many ports follow, on both sides in step.
+	More uint16 `json:",omitempty"`
 }
+
+// keeps reports whether the ports have the same numbers on both sides.
+func (p PublishedPort) keeps() bool { return p.Host.Port() == p.Container.Port() }
 
 // has reports whether the network has a subnet of the family.
 func (n Network) has(f family) bool {

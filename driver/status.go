@@ -62,6 +62,8 @@ type PortStatus struct {
 	Proto     string         `json:"proto"`
 	Host      string         `json:"host,omitempty"`
 	Container netip.AddrPort `json:"container"`
+	// More is how many ports follow, on both sides in step.
+	More uint16 `json:"more,omitempty"`
 }
 
 // Drift is what repair last found.
@@ -136,7 +138,7 @@ func (e *endpoint) status(n Network) EndpointStatus {
 		s.State = "lost"
 	}
 	for _, p := range e.rec.Ports {
-		ps := PortStatus{Proto: p.Proto.String(), Container: p.Container}
+		ps := PortStatus{Proto: p.Proto.String(), Container: p.Container, More: p.More}
 		if p.Host.IsValid() {
 			ps.Host = p.Host.String()
 		}

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"io"
+	"net/netip"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -123,10 +124,17 @@ func (d document) endpoints() [][]string {
 
 // port prints a published port as `docker ps` does.
 func port(p driver.PortStatus) string {
-	if p.Host == "" {
-		return fmt.Sprintf("%s/%s", p.Container, p.Proto)
+	var ends [2]string
+	if host, err := netip.ParseAddrPort(p.Host); err == nil && p.More > 0 {
+		ends[0] = fmt.Sprintf("-%d", host.Port()+p.More)
 	}
-	return fmt.Sprintf("%s->%d/%s", p.Host, p.Container.Port(), p.Proto)
+	if p.More > 0 {
+		ends[1] = fmt.Sprintf("-%d", p.Container.Port()+p.More)
+	}
+	if p.Host == "" {
+		return fmt.Sprintf("%s%s/%s", p.Container, ends[1], p.Proto)
+	}
+	return fmt.Sprintf("%s%s->%d%s/%s", p.Host, ends[0], p.Container.Port(), ends[1], p.Proto)
 }
 
 func (d document) pools() [][]string {

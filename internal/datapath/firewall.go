@@ -412,6 +412,9 @@ func inTheWay(d setDef, m, h Element) bool {
 	if lookupOf(h) != d.lookup() || m.Link != h.Link {
 		return false
 	}
+	if d.ranged {
+		return m.Net.Overlaps(h.Net) && m.Proto == h.Proto && m.Port <= h.Port+h.More && h.Port <= m.Port+m.More
+	}
 	if d.interval() {
 		return m.Net.Overlaps(h.Net)
 	}

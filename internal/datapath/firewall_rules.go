@@ -193,6 +193,7 @@ func prerouting() []rule {
 		rs = append(rs,
 			in("publish", family(v6), dnat("published", v6, daddr(v6), l4proto, dport)),
 			in("publish", family(v6), dnat("published_any", v6, l4proto, dport)),
+			in("publish", family(v6), dnatAddress("published_range", v6, daddr(v6), l4proto, dport)),
 		)
 	}
 	return rs
@@ -250,6 +251,8 @@ func toBridge() []rule {
 		rs = append(rs,
 			in("to_bridge", family(v6), isIn(suffix("exposed", v6), daddr(v6), l4proto, dport), goTo("ok")),
 			in("to_bridge", family(v6), isIn(suffix("trusted", v6), iif, daddr(v6), l4proto, dport), goTo("ok")),
+			in("to_bridge", family(v6), isIn(suffix("exposed_range", v6), daddr(v6), l4proto, dport), goTo("ok")),
+			in("to_bridge", family(v6), isIn(suffix("trusted_range", v6), daddr(v6), l4proto, dport, iif), goTo("ok")),
 			in("to_bridge", family(v6), isByte(l4proto, icmp), isByte(icmpType, echo), isIn(suffix("routed", v6), oif), goTo("ok")),
 			in("to_bridge", family(v6), isIn(suffix("open", v6), oif), goTo("ok")),
 		)
@@ -535,6 +538,14 @@ func dnat(name string, v6 bool, key ...source) []expr.Any {
 	n := nat(name, v6, key...)
 	n[len(n)-1].(*expr.NAT).Type = expr.NATTypeDestNAT
 	n[len(n)-1].(*expr.NAT).RegProtoMin = firstRegister + daddr(v6).regs
+	return n
+}
+
+// dnatAddress translates the destination to the address in the map, and leaves
+// the port.
+func dnatAddress(name string, v6 bool, key ...source) []expr.Any {
+	n := nat(name, v6, key...)
+	n[len(n)-1].(*expr.NAT).Type = expr.NATTypeDestNAT
 	return n
 }
 

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 	"net/netip"
 	"slices"
 	"strings"
@@ -33,6 +34,7 @@ const (
 	fieldFamily              // Element.Net, only its family
 	fieldProto               // Element.Proto
 	fieldPort                // Element.Port
+	fieldPorts               // Element.Port and More, every port in it
 	fieldTo                  // Element.To
 	fieldToPort              // Element.ToPort
 )
@@ -40,12 +42,15 @@ const (
 // setDef describes one set or map of the table. Sets that hold addresses
 // exist twice, v6 tells the twins apart.
 type setDef struct {
-	id   uint32 // within one transaction
-	set  Set
-	v6   bool
-	any  bool // the host address is "all of them" and not part of the key
-	key  []field
-	data []field
+	id  uint32 // within one transaction
+	set Set
+	v6  bool
+	any bool // the host address is "all of them" and not part of the key
+	// ranged sets hold ranges of ports. They are apart from those of single
+	// ports, in which adding an element costs the same whatever their number.
+	ranged bool
+	key    []field
+	data   []field
 }
 
 // setDefs returns every set of the table.
@@ -75,6 +80,9 @@ func setDefs() []setDef {
 			setDef{set: SetNear, v6: v6, key: []field{fieldSubnet, fieldTo}},
 			setDef{set: SetPublished, v6: v6, key: []field{fieldHost, fieldProto, fieldPort}, data: []field{fieldTo, fieldToPort}},
 			setDef{set: SetPublished, v6: v6, any: true, key: []field{fieldProto, fieldPort}, data: []field{fieldTo, fieldToPort}},
+			setDef{set: SetExposed, v6: v6, ranged: true, key: []field{fieldSubnet, fieldProto, fieldPorts}},
+			setDef{set: SetTrusted, v6: v6, ranged: true, key: []field{fieldSubnet, fieldProto, fieldPorts, fieldLink}},
+			setDef{set: SetPublished, v6: v6, ranged: true, key: []field{fieldSubnet, fieldProto, fieldPorts}, data: []field{fieldTo}},
 		)
 	}
 	for i := range defs {
@@ -88,6 +96,9 @@ func (d setDef) name() string {
 	n := string(d.set)
 	if d.any {
 		n += "_any"
+	}
+	if d.ranged {
+		n += "_range"
 	}
 	switch {
 	case !d.perFamily():
@@ -112,19 +123,19 @@ func (d setDef) interval() bool { return slices.Contains(d.key, fieldSubnet) }
 
 // lookup is the key by which an Element finds its set.
 type lookup struct {
-	set     Set
-	v6, any bool
+	set             Set
+	v6, any, ranged bool
 }
 
-func (d setDef) lookup() lookup { return lookup{d.set, d.v6, d.any} }
+func (d setDef) lookup() lookup { return lookup{d.set, d.v6, d.any, d.ranged} }
 
 func lookupOf(e Element) lookup {
-	l := lookup{set: e.Set}
+	l := lookup{set: e.Set, ranged: e.More > 0}
 	switch {
 	case e.Set == setGuard: // one set for both families
 	case e.Net.IsValid():
 		l.v6 = e.Net.Addr().Is6()
-		l.any = e.Set == SetPublished && e.Net.Bits() == 0
+		l.any = e.Set == SetPublished && e.Net.Bits() == 0 && e.More == 0
 	}
 	return l
 }
@@ -170,7 +181,7 @@ func (d setDef) fieldType(f field) nftables.SetDatatype {
 		return nftables.TypeNFProto
 	case fieldProto:
 		return nftables.TypeInetProto
-	case fieldPort, fieldToPort:
+	case fieldPort, fieldPorts, fieldToPort:
 		return nftables.TypeInetService
 	case fieldHost, fieldSubnet, fieldTo:
 	}
@@ -208,6 +219,7 @@ func (d setDef) encode(e Element) ([]nftables.SetElement, error) {
 		return []nftables.SetElement{el}, nil
 	}
 	if len(d.key) > 1 {
+		e.Port += e.More
 		el.KeyEnd = d.pack(d.key, e, last)
 		return []nftables.SetElement{el}, nil
 	}
@@ -229,6 +241,9 @@ func (d setDef) check(e Element) error {
 	if d.interval() && (!e.Net.IsValid() || e.Net != e.Net.Masked()) {
 		return fmt.Errorf("%s is not a subnet", e.Net)
 	}
+	if int(e.Port)+int(e.More) > math.MaxUint16 {
+		return fmt.Errorf("%d ports from %d on are too many", int(e.More)+1, e.Port)
+	}
 	if (slices.Contains(d.data, fieldTo) || slices.Contains(d.key, fieldTo)) && (!e.To.IsValid() || e.To.Is6() != d.v6) {
 		return fmt.Errorf("%s is not an address of the same family", e.To)
 	}
@@ -241,6 +256,9 @@ func (d setDef) check(e Element) error {
 	}
 	if d.interval() {
 		back.Net = e.Net // only its first address went through
+	}
+	if d.ranged {
+		back.More = e.More // nor did but its first port
 	}
 	if back != e {
 		return errors.New("has fields that this set does not hold, or lacks some")
@@ -267,7 +285,7 @@ func (d setDef) pack(fields []field, e Element, addr netip.Addr) []byte {
 			}
 		case fieldProto:
 			v[0] = byte(e.Proto)
-		case fieldPort:
+		case fieldPort, fieldPorts:
 			binary.BigEndian.PutUint16(v, e.Port)
 		case fieldTo:
 			copy(v, e.To.AsSlice())
@@ -325,7 +343,7 @@ func (d setDef) unpackFields(e *Element, fields []field, b []byte) error {
 			e.Net = setDef{v6: v[0] == unix.NFPROTO_IPV6}.everything()
 		case fieldProto:
 			e.Proto = Proto(v[0])
-		case fieldPort:
+		case fieldPort, fieldPorts:
 			e.Port = binary.BigEndian.Uint16(v)
 		case fieldTo:
 			e.To, _ = netip.AddrFromSlice(v)
@@ -347,6 +365,9 @@ func (d setDef) decode(els []nftables.SetElement) (out []Element, ok bool) {
 		e, err := d.unpack(el.Key, el.Val)
 		if err == nil && d.interval() {
 			e.Net, err = d.subnet(el)
+		}
+		if err == nil && d.ranged {
+			e.More, err = d.more(el, e.Port)
 		}
 		if err != nil {
 			ok = false
@@ -370,6 +391,15 @@ func (d setDef) subnet(el nftables.SetElement) (netip.Prefix, error) {
 		return netip.Prefix{}, fmt.Errorf("%s to %s is not a subnet", first, last)
 	}
 	return p, nil
+}
+
+// more reads how far the range of ports goes that begins with first.
+func (d setDef) more(el nftables.SetElement, first uint16) (uint16, error) {
+	end, err := d.unpack(el.KeyEnd, el.Val)
+	if err != nil || end.Port <= first {
+		return 0, fmt.Errorf("element of %s is not a range of ports", d.name())
+	}
+	return end.Port - first, nil
 }
 
 // joinIntervals gives each start its end: the kernel lists a plain interval

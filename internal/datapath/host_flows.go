@@ -42,7 +42,7 @@ func (f *flows) close() {
 // where the port led before.
 func (f *flows) published(ctx context.Context, list []Element, l *links) error {
 	udp := udpPorts(list)
-	if len(udp) == 0 {
+	if udp.empty() {
 		return nil
 	}
 	addrs, err := l.addressesOf(ctx)
@@ -61,8 +61,8 @@ func (f *flows) published(ctx context.Context, list []Element, l *links) error {
 		if !local[w.to.Addr()] && !w.to.Addr().IsLoopback() {
 			return false
 		}
-		return slices.ContainsFunc(udp[w.to.Port()], func(e Element) bool {
-			return e.Net.Contains(w.to.Addr()) && w.from != netip.AddrPortFrom(e.To, e.ToPort)
+		return udp.any(w.to.Port(), func(e Element, to netip.AddrPort) bool {
+			return e.Net.Contains(w.to.Addr()) && w.from != to
 		})
 	})
 }
@@ -70,26 +70,44 @@ func (f *flows) published(ctx context.Context, list []Element, l *links) error {
 // withdrawn forgets flows to ports that were just given up.
 func (f *flows) withdrawn(ctx context.Context, list []Element) error {
 	udp := udpPorts(list)
-	if len(udp) == 0 {
+	if udp.empty() {
 		return nil
 	}
 	return f.forget(ctx, func(w flow) bool {
-		return slices.ContainsFunc(udp[w.to.Port()], func(e Element) bool {
-			return w.from == netip.AddrPortFrom(e.To, e.ToPort)
-		})
+		return udp.any(w.to.Port(), func(_ Element, to netip.AddrPort) bool { return w.from == to })
 	})
 }
 
-// udpPorts are the translated UDP ports among list, by number: one may lead to
-// different containers on different addresses.
-func udpPorts(list []Element) map[uint16][]Element {
-	out := make(map[uint16][]Element)
+// udp are translated UDP ports.
+type udp struct {
+	single map[uint16][]Element // by number: one may lead to different containers on different addresses
+	ranges []Element
+}
+
+// udpPorts are the translated UDP ports among list.
+func udpPorts(list []Element) udp {
+	u := udp{single: make(map[uint16][]Element)}
 	for _, e := range list {
-		if e.Set == SetPublished && e.Proto == UDP {
-			out[e.Port] = append(out[e.Port], e)
+		switch {
+		case e.Set != SetPublished || e.Proto != UDP:
+		case e.More > 0:
+			u.ranges = append(u.ranges, e)
+		default:
+			u.single[e.Port] = append(u.single[e.Port], e)
 		}
 	}
-	return out
+	return u
+}
+
+func (u udp) empty() bool { return len(u.single) == 0 && len(u.ranges) == 0 }
+
+// any reports whether f accepts one of the elements that translate the port, and
+// where to.
+func (u udp) any(port uint16, f func(e Element, to netip.AddrPort) bool) bool {
+	return slices.ContainsFunc(u.single[port], func(e Element) bool { return f(e, netip.AddrPortFrom(e.To, e.ToPort)) }) ||
+		slices.ContainsFunc(u.ranges, func(e Element) bool {
+			return e.Port <= port && port <= e.Port+e.More && f(e, netip.AddrPortFrom(e.To, port))
+		})
 }
 
 // flow is a tracked connection: where its first packet was sent, and who

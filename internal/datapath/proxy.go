@@ -7,10 +7,13 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/sirupsen/logrus"
+	"golang.org/x/sys/unix"
 )
 
 const (
@@ -30,64 +33,136 @@ type proxy struct {
 	dial    func(ctx context.Context, network, addr string) (net.Conn, error)
 	idle    time.Duration // life of a UDP session without traffic
 	buffers sync.Pool     // of *[maxDatagram]byte; filled only where something arrived
+	files   *files
+	watcher watcher
+	seldom  seldom // what strangers can make us say
 }
 
-func newProxy(log logrus.FieldLogger) *proxy {
+func newProxy(log logrus.FieldLogger, f *files) *proxy {
 	return &proxy{
 		log:     log,
 		dial:    (&net.Dialer{Timeout: dialTimeout}).DialContext,
 		idle:    udpIdle,
 		buffers: sync.Pool{New: func() any { return new([maxDatagram]byte) }},
+		files:   f,
 	}
 }
 
-// start serves sock until the returned stop, which is called after sock was
-// closed and returns when everything has ended. It is nil where there is
-// nothing to serve.
-func (p *proxy) start(ctx context.Context, sock io.Closer, to netip.AddrPort) (stop func(), err error) {
-	// The proxy outlives the request that asked for it.
-	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
-	var wg sync.WaitGroup
+// service is a proxy at work for one socket.
+type service struct {
+	quiet func() // takes nothing new from now on; before the socket is closed
+	end   func() // ends what is under way and waits for it; after
+}
+
+// start serves sock. It returns nil where there is nothing to serve.
+func (p *proxy) start(sock io.Closer, to netip.AddrPort) (*service, error) {
+	var raw syscall.RawConn
+	var ready func()
+	s := &service{}
+	var err error
 	switch sock := sock.(type) {
 	case *net.TCPListener:
-		wg.Go(func() { p.serveTCP(ctx, sock, to) })
+		if raw, err = sock.SyscallConn(); err != nil {
+			return nil, fmt.Errorf("proxy TCP: %w", err)
+		}
+		t := &tcpProxy{proxy: p, raw: raw, to: to}
+		t.ctx, t.cancel = context.WithCancel(context.Background())
+		ready, s.end = t.ready, t.end
 	case *net.UDPConn:
 		u, err := newUDPProxy(p, sock, to)
 		if err != nil {
-			cancel()
 			return nil, err
 		}
-		wg.Go(func() { u.serve(ctx) })
+		raw, ready, s.end = u.raw, u.ready, u.end
 	default:
-		cancel()
 		return nil, nil
 	}
-	return func() {
-		cancel()
-		wg.Wait()
-	}, nil
+	if s.quiet, err = p.watcher.add(raw, ready); err != nil {
+		s.end()
+		return nil, err
+	}
+	return s, nil
 }
 
-// serveTCP accepts connections until the listener is closed.
-func (p *proxy) serveTCP(ctx context.Context, l *net.TCPListener, to netip.AddrPort) {
-	var conns sync.WaitGroup
-	defer conns.Wait()
-	for {
-		client, err := l.AcceptTCP()
-		if err == nil {
-			conns.Go(func() { p.passTCP(ctx, client, to) })
+// seldom says how often something happened, at most once a minute.
+type seldom struct {
+	mu   sync.Mutex
+	last time.Time
+	n    int // since last
+}
+
+func (s *seldom) warn(log logrus.FieldLogger, text string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.n++
+	if now := time.Now(); now.Sub(s.last) >= time.Minute {
+		log.WithField("times", s.n).Warn(text)
+		s.last, s.n = now, 0
+	}
+}
+
+// tcpProxy passes connections on.
+type tcpProxy struct {
+	*proxy
+	raw    syscall.RawConn // of the listening socket
+	to     netip.AddrPort
+	ctx    context.Context //nolint:containedctx // the port's, of all connections
+	cancel context.CancelFunc
+	conns  sync.WaitGroup
+	open   int // files; see files.take
+}
+
+func (t *tcpProxy) end() {
+	t.cancel()
+	t.conns.Wait()
+}
+
+// ready accepts a few of the connections that wait, so that other ports have
+// their turn.
+func (t *tcpProxy) ready() {
+	for range 16 {
+		client, err := t.accept()
+		if err != nil && !errors.Is(err, unix.EAGAIN) {
+			t.seldom.warn(t.log.WithError(err).WithField("container", t.to.String()), "accept for a published port")
+			time.Sleep(acceptPause)
+		}
+		if err != nil {
+			return
+		}
+		if !t.files.take(tcpFiles, &t.open) {
+			t.seldom.warn(t.log.WithField("container", t.to.String()), "published port: too many connections at once, refused")
+			reset(client)
 			continue
 		}
-		if errors.Is(err, net.ErrClosed) {
-			return
-		}
-		p.log.WithError(err).WithField("listener", l.Addr().String()).Warn("accept for a published port")
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(acceptPause):
-		}
+		t.conns.Go(func() {
+			defer t.files.give(tcpFiles, &t.open)
+			t.passTCP(t.ctx, client, t.to)
+		})
 	}
+}
+
+func (t *tcpProxy) accept() (client *net.TCPConn, err error) {
+	fd := -1
+	cerr := t.raw.Control(func(l uintptr) {
+		fd, _, err = unix.Accept4(int(l), unix.SOCK_NONBLOCK|unix.SOCK_CLOEXEC)
+	})
+	if cerr != nil || errors.Is(err, unix.ECONNABORTED) || errors.Is(err, unix.EINTR) {
+		return nil, unix.EAGAIN
+	}
+	if err != nil {
+		return nil, os.NewSyscallError("accept4", err)
+	}
+	f := os.NewFile(uintptr(fd), "tcp")
+	defer func() { _ = f.Close() }() // c has a copy
+	c, err := net.FileConn(f)
+	if err != nil {
+		return nil, err
+	}
+	client, ok := c.(*net.TCPConn)
+	if !ok {
+		return nil, errors.Join(fmt.Errorf("accepted a %T", c), c.Close())
+	}
+	return client, nil
 }
 
 // passTCP connects a client to the container and copies both ways until both

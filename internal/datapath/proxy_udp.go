@@ -33,6 +33,7 @@ type udpProxy struct {
 
 	mu       sync.Mutex
 	sessions map[udpClient]*net.UDPConn
+	open     int            // files; see files.take
 	wg       sync.WaitGroup // of the sessions
 }
 
@@ -59,34 +60,43 @@ func newUDPProxy(p *proxy, sock *net.UDPConn, to netip.AddrPort) (*udpProxy, err
 	if err := errors.Join(err, opt); err != nil {
 		return nil, fmt.Errorf("proxy UDP: ask for destination addresses: %w", err)
 	}
-	return &udpProxy{proxy: p, sock: sock, raw: raw, to: to, sessions: make(map[udpClient]*net.UDPConn)}, nil
+	return &udpProxy{proxy: p, sock: sock, raw: raw, to: to}, nil
 }
 
-// serve passes datagrams on until the socket is closed, and ends all sessions.
-func (u *udpProxy) serve(ctx context.Context) {
-	defer u.wg.Wait()
-	defer u.endSessions()
-	oob := make([]byte, 64)
-	for {
-		if err := waitReadable(u.raw); err != nil {
-			return // closed: there is no deadline on it
+// ready passes on a few of the datagrams that wait, so that other ports have
+// their turn.
+func (u *udpProxy) ready() {
+	for range 32 {
+		if !readable(u.raw) {
+			return
 		}
-		u.one(ctx, oob)
+		u.one()
 	}
+}
+
+// end ends all sessions.
+func (u *udpProxy) end() {
+	u.mu.Lock()
+	for _, s := range u.sessions {
+		_ = s.Close()
+	}
+	u.mu.Unlock()
+	u.wg.Wait()
 }
 
 // one receives one datagram and passes it on.
-func (u *udpProxy) one(ctx context.Context, oob []byte) {
+func (u *udpProxy) one() {
 	buf := u.buffers.Get().(*[maxDatagram]byte)
 	defer u.buffers.Put(buf)
-	n, oobn, _, from, err := u.sock.ReadMsgUDPAddrPort(buf[:], oob)
+	var oob [64]byte
+	n, oobn, _, from, err := u.sock.ReadMsgUDPAddrPort(buf[:], oob[:])
 	if err != nil {
-		return // an ICMP error about an answer, or closed; waitReadable knows
+		return // closed
 	}
 	client := udpClient{from, localAddr(oob[:oobn])}
-	server, err := u.session(ctx, client)
+	server, err := u.session(client)
 	if err != nil {
-		u.log.WithError(err).WithField("container", u.to.String()).Debug("published UDP port: datagram dropped")
+		u.seldom.warn(u.log.WithError(err).WithField("container", u.to.String()), "published UDP port: datagram dropped")
 		return
 	}
 	_ = server.SetReadDeadline(time.Now().Add(u.idle))
@@ -94,23 +104,26 @@ func (u *udpProxy) one(ctx context.Context, oob []byte) {
 }
 
 // session finds or opens the socket for a client.
-func (u *udpProxy) session(ctx context.Context, client udpClient) (*net.UDPConn, error) {
+func (u *udpProxy) session(client udpClient) (*net.UDPConn, error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if s := u.sessions[client]; s != nil {
 		return s, nil
 	}
-	if len(u.sessions) >= maxSessions {
+	if len(u.sessions) >= maxSessions || !u.files.take(1, &u.open) {
 		return nil, fmt.Errorf("%d clients at once", len(u.sessions))
 	}
-	c, err := u.dial(ctx, "udp", u.to.String())
+	c, err := u.dial(context.Background(), "udp", u.to.String()) // UDP sends nothing for it
+	server, ok := c.(*net.UDPConn)
+	if err == nil && !ok {
+		err = errors.Join(fmt.Errorf("dial %s: got a %T", u.to, c), c.Close())
+	}
 	if err != nil {
+		u.files.give(1, &u.open)
 		return nil, err
 	}
-	server, ok := c.(*net.UDPConn)
-	if !ok {
-		_ = c.Close()
-		return nil, fmt.Errorf("dial %s: got a %T", u.to, c)
+	if u.sessions == nil {
+		u.sessions = make(map[udpClient]*net.UDPConn)
 	}
 	u.sessions[client] = server
 	u.wg.Go(func() { u.answers(client, server) })
@@ -124,6 +137,7 @@ func (u *udpProxy) answers(client udpClient, server *net.UDPConn) {
 		delete(u.sessions, client)
 		u.mu.Unlock()
 		_ = server.Close()
+		u.files.give(1, &u.open)
 	}()
 	raw, err := server.SyscallConn()
 	if err != nil {
@@ -143,14 +157,6 @@ func (u *udpProxy) answers(client udpClient, server *net.UDPConn) {
 	}
 }
 
-func (u *udpProxy) endSessions() {
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	for _, s := range u.sessions {
-		_ = s.Close()
-	}
-}
-
 // waitReadable returns when a datagram or an error can be read, so that a
 // buffer is needed only then: a thousand idle ports have none.
 func waitReadable(c syscall.RawConn) error {
@@ -158,6 +164,20 @@ func waitReadable(c syscall.RawConn) error {
 		_, _, err := unix.Recvfrom(int(fd), nil, unix.MSG_PEEK|unix.MSG_DONTWAIT)
 		return !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR)
 	})
+}
+
+// readable reports whether there is a datagram. An error that the socket has, an
+// ICMP one about an answer, is taken away by the question.
+func readable(c syscall.RawConn) (yes bool) {
+	_ = c.Control(func(fd uintptr) {
+		for range 2 {
+			_, _, err := unix.Recvfrom(int(fd), nil, unix.MSG_PEEK|unix.MSG_DONTWAIT)
+			if yes = err == nil; yes {
+				return
+			}
+		}
+	})
+	return yes
 }
 
 // localAddr reads from control messages which of our addresses was meant.

@@ -6,6 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
+	"maps"
+	"math"
 	"net"
 	"net/netip"
 	"os"
@@ -36,18 +39,21 @@ func (p hostPort) String() string {
 
 // held is a port that we hold.
 type held struct {
-	sock io.Closer      // nil where the kernel has no such sockets
-	to   netip.AddrPort // zero while it is only reserved
-	stop func()         // ends the proxy and waits for it; nil without one
+	sock    io.Closer      // nil where the kernel has no such sockets
+	to      netip.AddrPort // zero while it is only reserved
+	service *service       // nil without a proxy
 }
 
 func (h *held) close() error {
+	if h.service != nil {
+		h.service.quiet()
+	}
 	var err error
 	if h.sock != nil {
 		err = h.sock.Close()
 	}
-	if h.stop != nil {
-		h.stop()
+	if h.service != nil {
+		h.service.end()
 	}
 	return err
 }
@@ -57,17 +63,22 @@ func (h *held) close() error {
 type sockets struct {
 	log   logrus.FieldLogger
 	proxy *proxy
+	files *files
 
 	mu     sync.Mutex
 	held   map[hostPort]*held
-	warned map[Proto]bool // said once that its ports cannot be held
+	served map[Socket]bool // what ensure has adopted
+	warned map[Proto]bool  // said once that its ports cannot be held
 }
 
 func newSockets(log logrus.FieldLogger) *sockets {
+	f := newFiles()
 	return &sockets{
 		log:    log,
-		proxy:  newProxy(log),
+		proxy:  newProxy(log, f),
+		files:  f,
 		held:   make(map[hostPort]*held),
+		served: make(map[Socket]bool),
 		warned: make(map[Proto]bool),
 	}
 }
@@ -76,80 +87,125 @@ func newSockets(log logrus.FieldLogger) *sockets {
 func (s *sockets) close() {
 	s.mu.Lock()
 	all := s.held
-	s.held = make(map[hostPort]*held)
+	s.held, s.served = make(map[hostPort]*held), make(map[Socket]bool)
+	s.files.hold(-len(all))
 	s.mu.Unlock()
-	var wg sync.WaitGroup
 	for _, h := range all {
-		wg.Go(func() { _ = h.close() })
+		_ = h.close()
 	}
-	wg.Wait()
 }
 
-// owned lists the ports that Ensure has adopted.
+// owned lists what Ensure has adopted.
 func (s *sockets) owned() []Socket {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var out []Socket
-	for p, h := range s.held {
-		if h.to.IsValid() {
-			out = append(out, Socket{Proto: p.proto, Host: p.addr, To: h.to})
-		}
-	}
-	slices.SortFunc(out, func(a, b Socket) int {
+	return slices.SortedFunc(maps.Keys(s.served), func(a, b Socket) int {
 		return cmp.Or(cmp.Compare(a.Proto, b.Proto), a.Host.Compare(b.Host))
 	})
-	return out
+}
+
+// normal brings the host's address into one form, and checks what can overflow.
+func (x Socket) normal() (Socket, error) {
+	x.Host = netip.AddrPortFrom(x.Host.Addr().Unmap(), x.Host.Port())
+	if !x.To.IsValid() {
+		return x, fmt.Errorf("%s: no destination", x)
+	}
+	if max(int(x.Host.Port()), int(x.To.Port()))+int(x.More) > math.MaxUint16 {
+		return x, fmt.Errorf("%s %s: %d ports from there on are too many", x.Proto, x.Host, int(x.More)+1)
+	}
+	return x, nil
+}
+
+// ports are the host's ports of x and where each leads.
+func (x Socket) ports() iter.Seq2[hostPort, netip.AddrPort] {
+	return func(yield func(hostPort, netip.AddrPort) bool) {
+		for i := range uint32(x.More) + 1 {
+			at := netip.AddrPortFrom(x.Host.Addr(), x.Host.Port()+uint16(i))
+			if !yield(hostPort{x.Proto, at}, netip.AddrPortFrom(x.To.Addr(), x.To.Port()+uint16(i))) {
+				return
+			}
+		}
+	}
 }
 
 // ensure makes x held and served. made says that it was not before.
 func (s *sockets) ensure(ctx context.Context, x Socket) (made bool, err error) {
-	if !x.To.IsValid() {
-		return false, fmt.Errorf("%s: no destination", x)
+	if x, err = x.normal(); err != nil {
+		return false, err
 	}
-	p := hostPort{x.Proto, netip.AddrPortFrom(x.Host.Addr().Unmap(), x.Host.Port())}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	h := s.held[p]
-	if h != nil && h.to == x.To {
+	if s.served[x] {
 		return false, nil
 	}
-	if h != nil && h.to.IsValid() {
-		return false, fmt.Errorf("%s is already published for %s", p, h.to)
-	}
-	if h == nil {
-		if h, err = s.bindLocked(ctx, p); err != nil {
-			return false, err
+	var done []hostPort
+	for p, to := range x.ports() {
+		if err = ctx.Err(); err == nil {
+			err = s.serveLocked(ctx, p, to)
 		}
+		if err != nil {
+			return false, errors.Join(err, s.dropLocked(done...))
+		}
+		done = append(done, p)
 	}
-	h.to = x.To
-	h.stop, err = s.proxy.start(ctx, h.sock, x.To)
-	if err != nil {
-		return false, errors.Join(fmt.Errorf("%s: %w", x, err), s.dropLocked(p))
-	}
+	s.served[x] = true
 	return true, nil
 }
 
-// release lets go of x. A port held for somebody else is not x: x is absent.
-func (s *sockets) release(x Socket) error {
-	p := hostPort{x.Proto, netip.AddrPortFrom(x.Host.Addr().Unmap(), x.Host.Port())}
-	s.mu.Lock()
+// serveLocked holds one port, or adopts it where it is reserved, and serves it.
+func (s *sockets) serveLocked(ctx context.Context, p hostPort, to netip.AddrPort) error {
 	h := s.held[p]
-	if h == nil || h.to.IsValid() && h.to != x.To {
-		s.mu.Unlock()
-		return nil
+	if h != nil && h.to.IsValid() {
+		return fmt.Errorf("%s is already published for %s", p, h.to)
 	}
-	delete(s.held, p)
-	s.mu.Unlock()
-	if err := h.close(); err != nil {
-		return fmt.Errorf("let go of %s: %w", p, err)
+	var err error
+	if h == nil {
+		if h, err = s.bindLocked(ctx, p); err != nil {
+			return err
+		}
+	}
+	h.to = to
+	if h.service, err = s.proxy.start(h.sock, to); err != nil {
+		return errors.Join(fmt.Errorf("%s: %w", p, err), s.dropLocked(p))
 	}
 	return nil
 }
 
-func (s *sockets) dropLocked(p hostPort) error {
-	h := s.held[p]
-	delete(s.held, p)
-	return h.close()
+// release lets go of x. A port held for somebody else is not x: x is absent.
+func (s *sockets) release(x Socket) error {
+	x, err := x.normal()
+	if err != nil {
+		return nil //nolint:nilerr // nothing like it was ever held
+	}
+	var gone []*held
+	s.mu.Lock()
+	was := s.served[x]
+	delete(s.served, x)
+	for p, to := range x.ports() {
+		if h := s.held[p]; h != nil && (!h.to.IsValid() || was && h.to == to) {
+			delete(s.held, p)
+			gone = append(gone, h)
+		}
+	}
+	s.files.hold(-len(gone))
+	s.mu.Unlock()
+	for _, h := range gone {
+		err = errors.Join(err, h.close())
+	}
+	if err != nil {
+		return fmt.Errorf("let go of %s: %w", x, err)
+	}
+	return nil
+}
+
+func (s *sockets) dropLocked(ports ...hostPort) (err error) {
+	for _, p := range ports {
+		h := s.held[p]
+		delete(s.held, p)
+		s.files.hold(-1)
+		err = errors.Join(err, h.close())
+	}
+	return err
 }
 
 // reserve is Kernel.Reserve.
@@ -163,11 +219,14 @@ func (s *sockets) reserve(ctx context.Context, r PortRequest) (uint16, error) {
 	if r.First == 0 {
 		return s.chooseLocked(ctx, r)
 	}
+	if r.More > 0 {
+		return r.First, s.takeRangeLocked(ctx, r)
+	}
 	for port := uint32(r.First); port <= uint32(r.Last); port++ {
 		if err := ctx.Err(); err != nil {
 			return 0, fmt.Errorf("reserve %s port: %w", r.Proto, err)
 		}
-		err := s.takeLocked(ctx, r, uint16(port))
+		_, err := s.takeLocked(ctx, r, uint16(port))
 		if err == nil {
 			return uint16(port), nil
 		}
@@ -193,6 +252,9 @@ func normal(r PortRequest) (PortRequest, error) {
 	}
 	if r.First > r.Last || r.First == 0 && r.Last != 0 {
 		return r, fmt.Errorf("port range %d-%d is not one", r.First, r.Last)
+	}
+	if r.More > 0 && (r.First == 0 || r.First != r.Last || int(r.First)+int(r.More) > math.MaxUint16) {
+		return r, fmt.Errorf("%d ports from %d-%d on cannot be reserved together", int(r.More)+1, r.First, r.Last)
 	}
 	hosts := make([]netip.Addr, 0, len(r.Hosts))
 	for _, a := range r.Hosts {
@@ -227,7 +289,7 @@ func (s *sockets) chooseLocked(ctx context.Context, r PortRequest) (uint16, erro
 		if err != nil {
 			return 0, err
 		}
-		err = s.takeLocked(ctx, r, port)
+		_, err = s.takeLocked(ctx, r, port)
 		if err == nil {
 			return port, nil
 		}
@@ -238,27 +300,47 @@ func (s *sockets) chooseLocked(ctx context.Context, r PortRequest) (uint16, erro
 	return 0, fmt.Errorf("no %s port found that is free on all of %s", r.Proto, list(r.Hosts))
 }
 
-// takeLocked holds one port on all addresses, or on none.
-func (s *sockets) takeLocked(ctx context.Context, r PortRequest, port uint16) error {
+// takeRangeLocked holds all ports of a range on all addresses, or none.
+func (s *sockets) takeRangeLocked(ctx context.Context, r PortRequest) error {
+	if err := s.files.room((int(r.More) + 1) * len(r.Hosts)); err != nil {
+		return err
+	}
 	var bound []hostPort
+	for i := range uint32(r.More) + 1 {
+		err := ctx.Err()
+		var some []hostPort
+		if err == nil {
+			some, err = s.takeLocked(ctx, r, r.First+uint16(i))
+		}
+		if err != nil {
+			return errors.Join(err, s.dropLocked(bound...))
+		}
+		bound = append(bound, some...)
+	}
+	return nil
+}
+
+// takeLocked holds one port on all addresses, or on none. It returns what was not
+// held before.
+func (s *sockets) takeLocked(ctx context.Context, r PortRequest, port uint16) (bound []hostPort, err error) {
 	for _, a := range r.Hosts {
 		p := hostPort{r.Proto, netip.AddrPortFrom(a, port)}
 		if h := s.held[p]; h != nil && !h.to.IsValid() && r.First == r.Last && r.First != 0 {
 			continue // asked for again
 		}
 		if _, err := s.bindLocked(ctx, p); err != nil {
-			for _, b := range bound {
-				err = errors.Join(err, s.dropLocked(b))
-			}
-			return err
+			return nil, errors.Join(err, s.dropLocked(bound...))
 		}
 		bound = append(bound, p)
 	}
-	return nil
+	return bound, nil
 }
 
 // bindLocked opens and remembers the socket of one port.
 func (s *sockets) bindLocked(ctx context.Context, p hostPort) (*held, error) {
+	if err := s.files.room(1); err != nil {
+		return nil, err
+	}
 	sock, err := listen(ctx, p)
 	switch {
 	case err == nil:
@@ -280,6 +362,7 @@ func (s *sockets) bindLocked(ctx context.Context, p hostPort) (*held, error) {
 	}
 	h := &held{sock: sock}
 	s.held[p] = h
+	s.files.hold(1)
 	return h, nil
 }
 

@@ -65,25 +65,25 @@ func TestReserve(t *testing.T) {
 		t.Run(c.net, func(t *testing.T) {
 			k, _ := newKernel(t)
 			both := addrs("0.0.0.0", "::")
-			if got := reserve(t, k, PortRequest{c.proto, both, 8080, 8080}); got != 8080 {
+			if got := reserve(t, k, PortRequest{Proto: c.proto, Hosts: both, First: 8080, Last: 8080}); got != 8080 {
 				t.Errorf("port %d", got)
 			}
 			if free(t, c.net+"4", "127.0.0.1:8080") || free(t, c.net+"6", "[::1]:8080") {
 				t.Error("the port is not held in both families")
 			}
 			same(t, k, State{}) // nobody may take it for a leak
-			if got := reserve(t, k, PortRequest{c.proto, both, 8080, 8080}); got != 8080 {
+			if got := reserve(t, k, PortRequest{Proto: c.proto, Hosts: both, First: 8080, Last: 8080}); got != 8080 {
 				t.Errorf("again: port %d", got)
 			}
-			if got := reserve(t, k, PortRequest{c.proto, both, 8080, 8082}); got != 8081 {
+			if got := reserve(t, k, PortRequest{Proto: c.proto, Hosts: both, First: 8080, Last: 8082}); got != 8081 {
 				t.Errorf("first free of a range: %d", got)
 			}
 			s := socketsOf(c.proto, 8080, "10.7.0.2:80", "0.0.0.0", "::")
 			ensure(t, k, s)
 			same(t, k, s)
-			_, err := k.Reserve(t.Context(), PortRequest{c.proto, both, 8080, 8080})
+			_, err := k.Reserve(t.Context(), PortRequest{Proto: c.proto, Hosts: both, First: 8080, Last: 8080})
 			wantError(t, err, "8080/"+c.net, "0.0.0.0", "published for 10.7.0.2:80")
-			_, err = k.Reserve(t.Context(), PortRequest{c.proto, addrs("127.0.0.1"), 8080, 8080})
+			_, err = k.Reserve(t.Context(), PortRequest{Proto: c.proto, Hosts: addrs("127.0.0.1"), First: 8080, Last: 8080})
 			wantError(t, err, "127.0.0.1", "published for 10.7.0.2:80")
 			_, err = k.Ensure(t.Context(), socketsOf(c.proto, 8080, "10.7.0.3:80", "0.0.0.0", "::"))
 			wantError(t, err, "published for 10.7.0.2:80")
@@ -126,7 +126,7 @@ func TestReserveTakenByAnotherProgram(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, err = k.Reserve(t.Context(), PortRequest{c.proto, c.hosts, 8080, 8080})
+			_, err = k.Reserve(t.Context(), PortRequest{Proto: c.proto, Hosts: c.hosts, First: 8080, Last: 8080})
 			wantError(t, err, c.words...)
 			if err := other.Close(); err != nil {
 				t.Fatal(err)
@@ -142,17 +142,17 @@ func TestReserveRangesAndChoice(t *testing.T) {
 	k, _ := newKernel(t)
 	closeLater(t)(net.Listen("tcp6", "[::]:9000"))
 	both := addrs("0.0.0.0", "::", "0.0.0.0")
-	if got := reserve(t, k, PortRequest{TCP, both, 9000, 9002}); got != 9001 {
+	if got := reserve(t, k, PortRequest{Proto: TCP, Hosts: both, First: 9000, Last: 9002}); got != 9001 {
 		t.Errorf("port %d; 9000 is taken in one family only, and so of no use", got)
 	}
-	if got := reserve(t, k, PortRequest{TCP, both, 9000, 9002}); got != 9002 {
+	if got := reserve(t, k, PortRequest{Proto: TCP, Hosts: both, First: 9000, Last: 9002}); got != 9002 {
 		t.Errorf("port %d", got)
 	}
-	_, err := k.Reserve(t.Context(), PortRequest{TCP, both, 9000, 9002})
+	_, err := k.Reserve(t.Context(), PortRequest{Proto: TCP, Hosts: both, First: 9000, Last: 9002})
 	wantError(t, err, "9000-9002/tcp", "0.0.0.0, ::")
 	seen := map[uint16]bool{}
 	for range 50 {
-		port := reserve(t, k, PortRequest{UDP, both, 0, 0})
+		port := reserve(t, k, PortRequest{Proto: UDP, Hosts: both, First: 0, Last: 0})
 		if port == 0 || seen[port] {
 			t.Errorf("kernel's choice %d, seen before: %t", port, seen[port])
 		}
@@ -162,13 +162,13 @@ func TestReserveRangesAndChoice(t *testing.T) {
 		}
 	}
 	for _, bad := range []PortRequest{
-		{TCP, nil, 80, 80}, {Proto(1), both, 80, 80}, {TCP, both, 90, 80}, {TCP, both, 0, 80}, {TCP, []netip.Addr{{}}, 80, 80},
+		{Proto: TCP, Hosts: nil, First: 80, Last: 80}, {Proto: Proto(1), Hosts: both, First: 80, Last: 80}, {Proto: TCP, Hosts: both, First: 90, Last: 80}, {Proto: TCP, Hosts: both, First: 0, Last: 80}, {Proto: TCP, Hosts: []netip.Addr{{}}, First: 80, Last: 80},
 	} {
 		if _, err := k.Reserve(t.Context(), bad); err == nil {
 			t.Errorf("%+v was accepted", bad)
 		}
 	}
-	_, err = k.Reserve(newCountdown(t, 0), PortRequest{TCP, both, 100, 200})
+	_, err = k.Reserve(newCountdown(t, 0), PortRequest{Proto: TCP, Hosts: both, First: 100, Last: 200})
 	wantError(t, err, "canceled")
 }
 
@@ -184,15 +184,15 @@ func TestReserveSCTP(t *testing.T) {
 		has = false
 	}
 	hosts := addrs("0.0.0.0", "::")
-	reserve(t, k, PortRequest{SCTP, hosts, 7000, 7000})
-	chosen := reserve(t, k, PortRequest{SCTP, hosts, 0, 0})
+	reserve(t, k, PortRequest{Proto: SCTP, Hosts: hosts, First: 7000, Last: 7000})
+	chosen := reserve(t, k, PortRequest{Proto: SCTP, Hosts: hosts, First: 0, Last: 0})
 	if chosen == 0 {
 		t.Error("no port was chosen")
 	}
 	s := socketsOf(SCTP, 7000, "10.7.0.2:70", "0.0.0.0", "::")
 	ensure(t, k, s)
 	same(t, k, s)
-	_, err := k.Reserve(t.Context(), PortRequest{SCTP, addrs("127.0.0.1"), 7000, 7000})
+	_, err := k.Reserve(t.Context(), PortRequest{Proto: SCTP, Hosts: addrs("127.0.0.1"), First: 7000, Last: 7000})
 	wantError(t, err, "7000/sctp", "published for 10.7.0.2:70")
 	warnings := 0
 	for _, e := range records.AllEntries() {
@@ -208,7 +208,7 @@ func TestReserveSCTP(t *testing.T) {
 	if !has {
 		t.Skip("needs SCTP sockets, which this kernel lacks, for the rest: that a held port is refused to others")
 	}
-	reserve(t, k, PortRequest{SCTP, hosts, 7001, 7001})
+	reserve(t, k, PortRequest{Proto: SCTP, Hosts: hosts, First: 7001, Last: 7001})
 	if c, err := bindSCTP(addrPort("127.0.0.1:7001")); err == nil {
 		_ = c.Close()
 		t.Error("a held SCTP port was given to another")

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 )
 
@@ -222,7 +223,7 @@ const (
 	SetSNAT       Set = "snat"       // Net, To: source subnet translated to a fixed address
 	SetHairpin    Set = "hairpin"    // Net, Link: subnet and its bridge; translated destinations inside get the bridge's source address
 	SetHome       Set = "home"       // Net, Link: subnet and its bridge that is not ours; what leaves by it keeps its source address
-	SetPublished  Set = "published"  // Net (host address, or 0.0.0.0/0, ::/0 for all), Proto, Port, To, ToPort
+	SetPublished  Set = "published"  // Net (host address, or 0.0.0.0/0, ::/0 for all), Proto, Port, To, ToPort; without ToPort for a range
 	SetAttached   Set = "attached"   // Link, Net (host): an endpoint on a bridge that is not ours, or reached by the host's own sub-interface
 	SetSwitched   Set = "switched"   // Link: a bridge that the host neither routes nor has an address on; its frames are not tracked
 	SetTunnels    Set = "tunnels"    // Port: UDP port of tunnels, whose packets are not tracked
@@ -234,12 +235,15 @@ const (
 // Element is one entry of a set of the nftables table. Only the fields named
 // at its Set are used; the others are zero, so that elements compare with ==.
 type Element struct {
-	Set    Set
-	Link   string
-	Out    string
-	Net    netip.Prefix
-	Proto  Proto
-	Port   uint16
+	Set   Set
+	Link  string
+	Out   string
+	Net   netip.Prefix
+	Proto Proto
+	Port  uint16
+	// More is how many ports follow Port: a range in the sets published, exposed
+	// and trusted. Ports that are published as a range keep their numbers.
+	More   uint16
 	To     netip.Addr
 	ToPort uint16
 }
@@ -275,6 +279,8 @@ type Socket struct {
 	Proto Proto
 	Host  netip.AddrPort
 	To    netip.AddrPort
+	// More is how many ports follow, on both sides in step.
+	More uint16
 }
 
 // PortRequest asks for one port, the same on every host address.
@@ -283,6 +289,8 @@ type PortRequest struct {
 	Hosts []netip.Addr
 	// First and Last bound the choice; both 0 leave it to the kernel.
 	First, Last uint16
+	// More asks for that many ports after First too; First is Last then.
+	More uint16
 }
 
 // Add appends everything in o.
@@ -543,7 +551,7 @@ func (e Element) String() string {
 		key = append(key, e.Net.String())
 	}
 	if e.Proto != 0 {
-		key = append(key, fmt.Sprintf("%s . %d", e.Proto, e.Port))
+		key = append(key, fmt.Sprintf("%s . %s", e.Proto, portRange(e.Port, e.More)))
 	}
 	t := fmt.Sprintf("nft add element inet weft %s { %s", e.Set, strings.Join(key, " . "))
 	if e.To.IsValid() {
@@ -555,4 +563,16 @@ func (e Element) String() string {
 	return t + " }"
 }
 
-func (x Socket) String() string { return fmt.Sprintf("listen %s %s to %s", x.Proto, x.Host, x.To) }
+func (x Socket) String() string {
+	if x.More == 0 {
+		return fmt.Sprintf("listen %s %s to %s", x.Proto, x.Host, x.To)
+	}
+	return fmt.Sprintf("listen %s %s-%d to %s-%d", x.Proto, x.Host, x.Host.Port()+x.More, x.To, x.To.Port()+x.More)
+}
+
+func portRange(first, more uint16) string {
+	if more == 0 {
+		return strconv.Itoa(int(first))
+	}
+	return fmt.Sprintf("%d-%d", first, int(first)+int(more))
+}

@@ -18,9 +18,12 @@ import (
 )
 
 const (
-	// maxBody is far above what the engine sends; the longest part is the
-	// port map, about 100 bytes for each published port.
+	// maxBody is far above what the engine sends, but for a container that
+	// publishes thousands of ports.
 	maxBody = 1 << 20
+	// maxPortsBody bounds those calls, where each published port takes about
+	// 110 bytes. Calls above maxBody are worked on one at a time.
+	maxPortsBody = 16 << 20
 	// defaultTimeout is below the 15 s that the engine needs to give up on a
 	// socket, and well below the 30 s of its own client.
 	defaultTimeout = 10 * time.Second
@@ -51,6 +54,8 @@ type Mux struct {
 	once  sync.Once
 	ready chan struct{} // closed by the first Ready
 
+	large chan struct{} // holds one while a call above maxBody is worked on
+
 	running sync.WaitGroup // handlers, also those whose call was answered at its deadline
 }
 
@@ -65,7 +70,7 @@ func New(c Config) *Mux {
 	m := &Mux{
 		log: c.Log, timeout: c.Timeout,
 		handlers: map[string]handler{}, constants: map[string][]byte{}, notices: map[string]func(){},
-		ready: make(chan struct{}),
+		ready: make(chan struct{}), large: make(chan struct{}, 1),
 	}
 	m.Constant(PathActivate, Activation{Implements: []string{"NetworkDriver", "IpamDriver"}})
 	return m
@@ -195,7 +200,17 @@ func (m *Mux) answer(ctx context.Context, w http.ResponseWriter, r *http.Request
 	}
 	ctx, cancel := context.WithTimeout(ctx, m.timeout)
 	defer cancel()
-	body, err = m.readBody(w, r)
+	limit := int64(maxBody)
+	if r.ContentLength > maxBody && carriesPorts(r.URL.Path) {
+		limit = maxPortsBody
+		select {
+		case m.large <- struct{}{}:
+			defer func() { <-m.large }()
+		case <-ctx.Done():
+			return nil, nil, errors.New("not started: another container with thousands of ports is being worked on; try again")
+		}
+	}
+	body, err = m.readBody(w, r, limit)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -273,12 +288,15 @@ func (m *Mux) run(ctx context.Context, call string, h handler, body []byte) ([]b
 
 // readBody refuses an empty body: when the engine repeats a call whose
 // connection broke, it has used up the body and sends none.
-func (m *Mux) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+func (m *Mux) readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]byte, error) {
 	rc := http.NewResponseController(w)
 	_ = rc.SetReadDeadline(time.Now().Add(m.timeout))
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, maxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
 	_ = rc.SetReadDeadline(time.Time{}) // when it passed, the client would seem to have gone away
 	if tooLarge := (*http.MaxBytesError)(nil); errors.As(err, &tooLarge) {
+		if limit == maxPortsBody {
+			return nil, &refusal{http.StatusRequestEntityTooLarge, "the container publishes more than 100,000 ports: publish fewer"}
+		}
 		return nil, &refusal{http.StatusRequestEntityTooLarge, fmt.Sprintf("request body is larger than %d bytes", tooLarge.Limit)}
 	}
 	if err != nil {
@@ -292,6 +310,11 @@ func (m *Mux) readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 		return nil, &refusal{http.StatusBadRequest, "request body is not a JSON object"}
 	}
 	return body, nil
+}
+
+// carriesPorts reports whether a call comes with all published ports of a container.
+func carriesPorts(path string) bool {
+	return path == PathCreateEndpoint || path == PathJoin || path == PathProgramExternal
 }
 
 // encode makes sure that a success is an object: the engine takes an empty

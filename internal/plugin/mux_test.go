@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -19,6 +20,7 @@ import (
 	"github.com/docker/go-plugins-helpers/ipam"
 	"github.com/docker/go-plugins-helpers/network"
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/sirupsen/logrus"
 
 	"github.com/weftnet/weft/internal/plugin"
@@ -175,15 +177,15 @@ func TestRecordedRequests(t *testing.T) {
 		}, plugin.Empty{}, `{}`)
 	recorded(t, s, plugin.PathCreateEndpoint,
 		`{"NetworkID":"f3","EndpointID":"e1","Interface":{"Address":"10.6.0.2/24","AddressIPv6":"","MacAddress":""},"Options":{"com.docker.network.endpoint.macaddress":"AhEiM0RV"}}`,
-		network.CreateEndpointRequest{
+		plugin.CreateEndpointRequest{
 			NetworkID: "f3", EndpointID: "e1", Interface: &network.EndpointInterface{Address: "10.6.0.2/24"},
-			Options: map[string]any{plugin.OptionMACAddress: "AhEiM0RV"},
+			Options: plugin.ContainerOptions{plugin.OptionMACAddress: "AhEiM0RV"},
 		},
 		network.CreateEndpointResponse{Interface: &network.EndpointInterface{MacAddress: "02:00:00:00:00:01"}},
 		`{"Interface":{"Address":"","AddressIPv6":"","MacAddress":"02:00:00:00:00:01"}}`)
 	recorded(t, s, plugin.PathJoin,
 		`{"NetworkID":"f3","EndpointID":"e1","SandboxKey":"/var/run/docker/netns/ab12","Options":{}}`,
-		network.JoinRequest{NetworkID: "f3", EndpointID: "e1", SandboxKey: "/var/run/docker/netns/ab12", Options: map[string]any{}},
+		plugin.JoinRequest{NetworkID: "f3", EndpointID: "e1", SandboxKey: "/var/run/docker/netns/ab12", Options: plugin.ContainerOptions{}},
 		&plugin.JoinResponse{
 			JoinResponse:  network.JoinResponse{Gateway: "10.6.0.1"},
 			InterfaceName: &network.InterfaceName{SrcName: "wfp1", DstPrefix: "eth"},
@@ -300,6 +302,44 @@ func TestLargestBody(t *testing.T) {
 	}
 	status, answer := s.post(t, plugin.PathLeave, body+" ")
 	wantError(t, 413, status, answer, "larger")
+}
+
+// Ten thousand published ports, as the engine sends them: two megabytes.
+func TestBodyOfManyPorts(t *testing.T) {
+	s := serve(t, 0)
+	var got []plugin.PortBinding
+	for _, path := range []string{plugin.PathCreateEndpoint, plugin.PathJoin, plugin.PathProgramExternal} {
+		plugin.Handle(s.Mux, path, func(_ context.Context, r plugin.ProgramExternalRequest) (_ plugin.Empty, err error) {
+			if r.Options["other"] != true || len(r.Options) != 2 {
+				t.Errorf("%d options, other is %v", len(r.Options), r.Options["other"])
+			}
+			got, err = plugin.ParsePortMap(r.Options)
+			return plugin.Empty{}, err
+		})
+	}
+	plugin.Handle(s.Mux, plugin.PathLeave, nop)
+	s.Ready(nil)
+	var ports, exposed []string
+	for p := 10000; p <= 20000; p++ {
+		ports = append(ports, fmt.Sprintf(`{"Proto":17,"IP":"","Port":%d,"HostIP":"","HostPort":%d,"HostPortEnd":%d}`, p, p, p))
+		exposed = append(exposed, fmt.Sprintf(`{"Proto":17,"Port":%d}`, p))
+	}
+	body := `{"NetworkID":"n1","EndpointID":"e1","Options":{"com.docker.network.endpoint.exposedports":[` + strings.Join(exposed, ",") +
+		`],"other":true,"com.docker.network.portmap":[` + strings.Join(ports, ",") + `]}}`
+	want := []plugin.PortBinding{{Proto: 17, Port: 10000, More: 10000, HostPort: 10000, HostPortEnd: 10000}}
+	for _, path := range []string{plugin.PathCreateEndpoint, plugin.PathJoin, plugin.PathProgramExternal} {
+		got = nil
+		if status, answer := s.post(t, path, body); status != 200 {
+			t.Errorf("%s: %d %s", path, status, answer)
+		}
+		if diff := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Addr{})); diff != "" {
+			t.Errorf("%s: bindings (-want +got):\n%s", path, diff)
+		}
+	}
+	status, answer := s.post(t, plugin.PathLeave, body)
+	wantError(t, 413, status, answer, "larger")
+	status, answer = s.post(t, plugin.PathJoin, body+strings.Repeat(" ", 16<<20))
+	wantError(t, 413, status, answer, "more than 100,000 ports: publish fewer")
 }
 
 func TestHandlerErrors(t *testing.T) {

@@ -8,11 +8,14 @@ import (
 	"slices"
 )
 
-// PortBinding is one port that a container publishes.
+// PortBinding is one port that a container publishes, or a range of them.
 type PortBinding struct {
 	Proto uint8      // 6 (TCP), 17 (UDP) or 132 (SCTP)
 	IP    netip.Addr // the container's; usually not set
 	Port  uint16     // the container's; never 0
+	// More is how many ports follow Port, each of them bound to the host's port
+	// that follows HostPort as far; HostPortEnd is HostPort then.
+	More uint16
 	// HostIP is not set when the port is published on every address of both
 	// families.
 	HostIP netip.Addr
@@ -23,7 +26,8 @@ type PortBinding struct {
 
 // ParsePortMap reads the published ports out of the Options of
 // CreateEndpoint, Join or ProgramExternalConnectivity. The engine's order is
-// random; the answer is sorted.
+// random; the answer is sorted. The engine sends an entry for each port of a
+// range, which is a range again in the answer.
 func ParsePortMap(options map[string]any) ([]PortBinding, error) {
 	var wire []struct {
 		Proto                       uint8
@@ -58,7 +62,61 @@ func ParsePortMap(options map[string]any) ([]PortBinding, error) {
 		return cmp.Or(cmp.Compare(a.Proto, b.Proto), cmp.Compare(a.Port, b.Port), a.HostIP.Compare(b.HostIP),
 			cmp.Compare(a.HostPort, b.HostPort), cmp.Compare(a.HostPortEnd, b.HostPortEnd), a.IP.Compare(b.IP))
 	})
-	return bindings, nil
+	return ranges(slices.Compact(bindings)), nil
+}
+
+// ranges joins what is bound port by port in one step. The list is sorted.
+func ranges(list []PortBinding) []PortBinding {
+	type line struct { // what the ports of one range have in common
+		proto      uint8
+		ip, hostIP netip.Addr
+		distance   int
+	}
+	var out []PortBinding
+	ends := make(map[line]int, 1) // where in out the last range of the line is
+	for _, b := range list {
+		if b.HostPort == 0 || b.HostPort != b.HostPortEnd { // one of several, not known yet
+			out = append(out, b)
+			continue
+		}
+		l := line{b.Proto, b.IP, b.HostIP, int(b.HostPort) - int(b.Port)}
+		if i, ok := ends[l]; ok && int(out[i].Port)+int(out[i].More)+1 == int(b.Port) {
+			out[i].More++
+			continue
+		}
+		ends[l] = len(out)
+		out = append(out, b)
+	}
+	return out
+}
+
+// ContainerOptions are the Options of a call that carries a container's ports.
+// A port takes about a hundred bytes there, twice, and a container may publish
+// ten thousand: the port map is left as it came for ParsePortMap, and the ports
+// that an image exposes, which nothing depends on, are left out.
+type ContainerOptions map[string]any
+
+// UnmarshalJSON implements json.Unmarshaler.
+func (o *ContainerOptions) UnmarshalJSON(b []byte) error {
+	var raw map[string]json.RawMessage
+	if err := json.Unmarshal(b, &raw); err != nil {
+		return err
+	}
+	*o = make(ContainerOptions, len(raw))
+	for key, value := range raw {
+		var v any = value
+		switch key {
+		case optionExposedPorts:
+			continue
+		case OptionPortMap:
+		default:
+			if err := json.Unmarshal(value, &v); err != nil {
+				return err
+			}
+		}
+		(*o)[key] = v
+	}
+	return nil
 }
 
 // reread decodes one option, which the decoding of the request left as maps
@@ -69,9 +127,12 @@ func reread(options map[string]any, key string, into any) error {
 	if !ok || v == nil {
 		return nil
 	}
-	b, err := json.Marshal(v)
-	if err != nil {
-		return fmt.Errorf("option %s: %w", key, err)
+	b, raw := v.(json.RawMessage) // see ContainerOptions
+	if !raw {
+		var err error
+		if b, err = json.Marshal(v); err != nil {
+			return fmt.Errorf("option %s: %w", key, err)
+		}
 	}
 	if err := json.Unmarshal(b, into); err != nil {
 		return fmt.Errorf("option %s: %w", key, err)

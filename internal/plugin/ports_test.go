@@ -39,10 +39,20 @@ func TestParsePortMap(t *testing.T) {
 			want: []plugin.PortBinding{{Proto: 132, Port: 80, HostIP: netip.MustParseAddr("::1")}}},
 		{name: "no end", entries: `[{"Proto":17,"Port":53,"HostIP":"127.0.0.1","HostPort":53}]`,
 			want: []plugin.PortBinding{{Proto: 17, Port: 53, HostIP: any4, HostPort: 53, HostPortEnd: 53}}},
-		{name: "range and order", entries: `[{"Proto":17,"Port":1,"HostPort":9,"HostPortEnd":12},{"Proto":6,"Port":2,"HostPort":9},{"Proto":6,"Port":1,"HostPort":8}]`,
+		{name: "range and order", entries: `[{"Proto":17,"Port":1,"HostPort":9,"HostPortEnd":12},{"Proto":6,"Port":2,"HostPort":10},{"Proto":6,"Port":1,"HostPort":8}]`,
 			want: []plugin.PortBinding{
-				{Proto: 6, Port: 1, HostPort: 8, HostPortEnd: 8}, {Proto: 6, Port: 2, HostPort: 9, HostPortEnd: 9},
+				{Proto: 6, Port: 1, HostPort: 8, HostPortEnd: 8}, {Proto: 6, Port: 2, HostPort: 10, HostPortEnd: 10},
 				{Proto: 17, Port: 1, HostPort: 9, HostPortEnd: 12},
+			}},
+		{name: "ranges, on two addresses", entries: `[{"Proto":17,"Port":12,"HostPort":22},{"Proto":17,"Port":11,"HostIP":"127.0.0.1","HostPort":21},{"Proto":17,"Port":10,"HostIP":"127.0.0.1","HostPort":20},{"Proto":17,"Port":11,"HostPort":21,"HostPortEnd":21},{"Proto":17,"Port":11,"HostPort":21}]`,
+			want: []plugin.PortBinding{
+				{Proto: 17, Port: 10, HostIP: any4, HostPort: 20, HostPortEnd: 20, More: 1},
+				{Proto: 17, Port: 11, HostPort: 21, HostPortEnd: 21, More: 1},
+			}},
+		{name: "not in step, to be chosen, other protocol", entries: `[{"Proto":6,"Port":1,"HostPort":9},{"Proto":6,"Port":2,"HostPort":11},{"Proto":6,"Port":3,"HostPort":12,"HostPortEnd":13},{"Proto":6,"Port":4},{"Proto":6,"Port":5},{"Proto":17,"Port":3,"HostPort":12}]`,
+			want: []plugin.PortBinding{
+				{Proto: 6, Port: 1, HostPort: 9, HostPortEnd: 9}, {Proto: 6, Port: 2, HostPort: 11, HostPortEnd: 11}, {Proto: 6, Port: 3, HostPort: 12, HostPortEnd: 13},
+				{Proto: 6, Port: 4}, {Proto: 6, Port: 5}, {Proto: 17, Port: 3, HostPort: 12, HostPortEnd: 12},
 			}},
 		{name: "mapped IPv4", entries: `[{"Proto":6,"IP":"::ffff:10.0.0.2","Port":80,"HostIP":"::ffff:127.0.0.1","HostPort":1}]`,
 			want: []plugin.PortBinding{{Proto: 6, IP: netip.MustParseAddr("10.0.0.2"), Port: 80, HostIP: any4, HostPort: 1, HostPortEnd: 1}}},

@@ -46,6 +46,8 @@ const (
 	OptionEnableIPv6 = "com.docker.network.enable_ipv6"
 	OptionInternal   = "com.docker.network.internal"
 	OptionPortMap    = "com.docker.network.portmap" // read by ParsePortMap
+
+	optionExposedPorts = "com.docker.network.endpoint.exposedports"
 	// OptionMACAddress is base64 in CreateEndpoint, where Interface.MacAddress
 	// says the same; it is text in RequestAddress.
 	OptionMACAddress = "com.docker.network.endpoint.macaddress"
@@ -101,6 +103,25 @@ type GwAllocCheckRequest struct {
 type GwAllocCheckResponse struct {
 	SkipIPv4, SkipIPv6 bool
 }
+
+// CreateEndpointRequest, JoinRequest and ProgramExternalRequest are those of the
+// helpers, with Options that may hold very many ports.
+type (
+	CreateEndpointRequest struct {
+		NetworkID, EndpointID string
+		Interface             *network.EndpointInterface
+		Options               ContainerOptions
+	}
+	JoinRequest struct {
+		NetworkID, EndpointID string
+		SandboxKey            string
+		Options               ContainerOptions
+	}
+	ProgramExternalRequest struct {
+		NetworkID, EndpointID string
+		Options               ContainerOptions
+	}
+)
 
 // JoinResponse is network.JoinResponse with an InterfaceName that can be
 // left out, which tells the engine to move no interface.
