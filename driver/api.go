@@ -55,12 +55,18 @@ func accept[Req any](context.Context, Req) (plugin.Empty, error) { return plugin
 
 func (d *Driver) modes() []string { return slices.Collect(maps.Keys(d.backends)) }
 
-func (d *Driver) gwAllocCheck(_ context.Context, req plugin.GwAllocCheckRequest) (plugin.GwAllocCheckResponse, error) {
+func (d *Driver) gwAllocCheck(ctx context.Context, req plugin.GwAllocCheckRequest) (plugin.GwAllocCheckResponse, error) {
 	n, err := parseNetworkOptions(req.Options, d.modes(), d.defaultMode())
 	if err != nil {
 		return plugin.GwAllocCheckResponse{}, err
 	}
-	return plugin.GwAllocCheckResponse{SkipIPv4: n.skipGateway(ipv4), SkipIPv6: n.skipGateway(ipv6)}, nil
+	var l surroundingLAN
+	if n.shares() != "" {
+		if l, err = d.lanOf(ctx, n); err != nil {
+			return plugin.GwAllocCheckResponse{}, err
+		}
+	}
+	return plugin.GwAllocCheckResponse{SkipIPv4: d.skip(n, ipv4, l), SkipIPv6: d.skip(n, ipv6, l)}, nil
 }
 
 // skipGateway reports whether nobody would use a gateway address: neither the
@@ -95,6 +101,10 @@ func (d *Driver) handleCreateNetwork(ctx context.Context, req wire.CreateNetwork
 		if ok {
 			n.Subnets = append(n.Subnets, s)
 		}
+	}
+	_, modern := req.Options[plugin.OptionEnableIPv4] // these send GwAllocCheck as well
+	if err := d.settleGateways(ctx, &n, modern); err != nil {
+		return plugin.Empty{}, err
 	}
 	if err := d.vetHost(ctx, n); err != nil {
 		return plugin.Empty{}, err
@@ -224,8 +234,12 @@ func parseInterface(n Network, req plugin.CreateEndpointRequest) (Endpoint, erro
 		return e, err
 	}
 	for _, p := range e.Addrs {
-		if _, ok := n.subnet(p.Addr()); !ok {
+		s, ok := n.subnet(p.Addr())
+		if !ok {
 			return e, fmt.Errorf("address %s is in none of the network's subnets (%s)", p.Addr(), pools(n))
+		}
+		if p.Addr() == s.Gateway.Addr() && n.shares() != "" {
+			return e, gatewayTaken(p.Addr())
 		}
 	}
 	if text := req.Interface.MacAddress; text != "" {

@@ -359,11 +359,11 @@ func TestGwAllocCheck(t *testing.T) {
 		`{"com.docker.network.generic":{"bridge":"br0","egress":"none"}}`:                                                     `{"SkipIPv4":true,"SkipIPv6":true}`,
 		`{"com.docker.network.generic":{"bridge":"br0"}}`:                                                                     `{"SkipIPv4":false,"SkipIPv6":false}`,
 		`{"com.docker.network.generic":{"egress":"none"}}`:                                                                    `{"SkipIPv4":false,"SkipIPv6":false}`,
-		`{"com.docker.network.generic":{"mode":"macvlan","parent":"eth0"}}`:                                                   `{"SkipIPv4":false,"SkipIPv6":false}`,
+		`{"com.docker.network.generic":{"mode":"macvlan","parent":"eth0"}}`:                                                   `{"SkipIPv4":true,"SkipIPv6":true}`,
 		`{"com.docker.network.generic":{"mode":"macvlan"}}`:                                                                   `{"SkipIPv4":true,"SkipIPv6":true}`,
 		`{"com.docker.network.internal":true,"com.docker.network.generic":{"mode":"macvlan","parent":"eth0"}}`:                `{"SkipIPv4":true,"SkipIPv6":true}`,
 		`{"com.docker.network.generic":{"mode":"macvlan","parent":"eth0","egress":"engine"}}`:                                 `{"SkipIPv4":true,"SkipIPv6":true}`,
-		`{"com.docker.network.generic":{"mode":"ipvlan","parent":"eth0"}}`:                                                    `{"SkipIPv4":false,"SkipIPv6":false}`,
+		`{"com.docker.network.generic":{"mode":"ipvlan","parent":"eth0"}}`:                                                    `{"SkipIPv4":true,"SkipIPv6":true}`,
 		`{"com.docker.network.generic":{"mode":"ipvlan","parent":"eth0","ipvlan_mode":"l3"}}`:                                 `{"SkipIPv4":true,"SkipIPv6":true}`,
 	} {
 		if got := r.must("GwAllocCheck", `{"Options":`+options+`}`); got != want {

@@ -41,6 +41,10 @@ type host interface {
 	Link(ctx context.Context, name string) (datapath.LinkFacts, bool, error)
 	// Bridged are the subnets of bridges that others made for containers.
 	Bridged(ctx context.Context) ([]netip.Prefix, error)
+	// Addressed are the host's addresses with their subnets, by interface.
+	Addressed(ctx context.Context) (map[string][]netip.Prefix, error)
+	// Routers are those of the host's default routes by one link.
+	Routers(ctx context.Context, link string) ([]netip.Addr, error)
 }
 
 // lan is the stations that a link of the host leads to.
@@ -65,7 +69,10 @@ type Config struct {
 	// Station returns the MAC address that goes with an address of a subnet, where
 	// whoever handed it out knows of one. nil: nobody does.
 	Station func(subnet netip.Prefix, a netip.Addr) (datapath.MAC, bool)
-	Log     logrus.FieldLogger
+	// Chosen reports whether nobody typed a network's subnet, or its gateway. ours is
+	// false where an IPAM handed them out that does not say. nil: none says.
+	Chosen func(pool netip.Prefix, gateway netip.Addr) (subnet, address, ours bool)
+	Log    logrus.FieldLogger
 }
 
 // Driver is the network driver. See the package's comment for its locks.
@@ -78,6 +85,7 @@ type Driver struct {
 	cluster   cluster
 	swarm     swarm
 	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
+	chosen    func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
 	log       logrus.FieldLogger
 	now       func() time.Time
 	started   time.Time
@@ -143,9 +151,12 @@ func New(c Config) (*Driver, error) {
 	if c.Station == nil {
 		c.Station = func(netip.Prefix, netip.Addr) (datapath.MAC, bool) { return datapath.MAC{}, false }
 	}
+	if c.Chosen == nil {
+		c.Chosen = func(netip.Prefix, netip.Addr) (_, _, _ bool) { return false, false, false }
+	}
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
-		station: c.Station, log: c.Log,
+		station: c.Station, chosen: c.Chosen, log: c.Log,
 		now: time.Now, started: time.Now(), networks: map[string]*network{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }
@@ -267,6 +278,9 @@ func (d *Driver) createNetwork(ctx context.Context, rec Network) error {
 		return d.readopt(ctx, old, rec)
 	}
 	if err := d.checkOthers(ctx, rec); err != nil {
+		return err
+	}
+	if err := d.checkHostSubnets(ctx, rec); err != nil {
 		return err
 	}
 	rec.Created, rec.Pending = d.now().UTC(), true

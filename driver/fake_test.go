@@ -571,6 +571,8 @@ type fakeHost struct {
 
 	announced []string
 	bridged   []netip.Prefix
+	routers   map[string][]netip.Addr // by link
+	addressed map[string][]netip.Prefix
 }
 
 func (h *fakeHost) PathMTU(context.Context) (int, error) { return h.mtu, nil }
@@ -593,6 +595,18 @@ func (h *fakeHost) Bridged(context.Context) ([]netip.Prefix, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return slices.Clone(h.bridged), nil
+}
+
+func (h *fakeHost) Addressed(context.Context) (map[string][]netip.Prefix, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return maps.Clone(h.addressed), nil
+}
+
+func (h *fakeHost) Routers(_ context.Context, link string) ([]netip.Addr, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return slices.Clone(h.routers[link]), nil
 }
 
 func (h *fakeHost) Probe(_ context.Context, link string, a netip.Addr) (datapath.MAC, bool, error) {
@@ -620,8 +634,17 @@ func (h *fakeHost) card(f datapath.LinkFacts) {
 	h.kernel.foreign[f.Name] = true
 }
 
+// bridge adds a bridge that somebody made.
+func (h *fakeHost) bridge(name string, addrs ...string) {
+	f := datapath.LinkFacts{Name: name, Kind: "bridge", Up: true, MTU: 1500}
+	for _, a := range addrs {
+		f.Addrs = append(f.Addrs, netip.MustParsePrefix(a))
+	}
+	h.card(f)
+}
+
 func newFakeHost(k *fakeKernel, mtu int) *fakeHost {
-	return &fakeHost{kernel: k, mtu: mtu, links: map[string]datapath.LinkFacts{}, holders: map[netip.Addr]datapath.MAC{}}
+	return &fakeHost{kernel: k, mtu: mtu, links: map[string]datapath.LinkFacts{}, holders: map[netip.Addr]datapath.MAC{}, routers: map[string][]netip.Addr{}}
 }
 
 // cut deletes a link behind our back.

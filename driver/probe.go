@@ -39,16 +39,31 @@ func (n Network) onLAN() string {
 func (d *Driver) Vet(ctx context.Context, pool netip.Prefix, a netip.Addr) error {
 	d.mu.Lock()
 	var n *network
+	gateway := false
 	for _, x := range d.networks {
-		if s, ok := x.rec.subnet(a); ok && s.Pool == pool && !x.doomed && x.rec.lan() != "" {
+		s, ok := x.rec.subnet(a)
+		if !ok || s.Pool != pool || x.doomed {
+			continue
+		}
+		gateway = gateway || a == s.Gateway.Addr() && x.rec.shares() != ""
+		if x.rec.lan() != "" {
 			n = x
 		}
 	}
 	d.mu.Unlock()
+	if gateway {
+		return gatewayTaken(a)
+	}
 	if n == nil {
 		return nil
 	}
 	return d.vet(ctx, n, a)
+}
+
+// gatewayTaken is said where an IPAM would hand out the LAN's router's address: it
+// does not know it where the driver found it.
+func gatewayTaken(a netip.Addr) error {
+	return fmt.Errorf("address %s is the gateway's: choose another; an IPAM that hands it out needs --gateway %s or an --ip-range without it", a, a)
 }
 
 // vet asks the LAN of n for one address, unless it was asked just now or the

@@ -36,20 +36,23 @@ var refusals = []refusal{
 	{"-o mode=ipvlan -o parent=lan0 -o ipvlan_flag=hairpin", []string{"ipvlan_flag", "hairpin", "bridge", "private", "vepa"}},
 	{"-o parent=lan0", []string{"parent", "mode bridge"}},
 	{"-o mode=macvlan -o parnet=lan0", []string{"parnet", `"parent"`}},
-	{"-o mode=macvlan -o parent=lan0 -o macvlan_mode=private -o host_access=true", []string{"host_access", "macvlan_mode=private", "macvlan_mode=bridge"}},
+	{"-o mode=macvlan -o parent=lan0 -o macvlan_mode=private -o host_access=true --subnet 198.51.100.0/24", []string{"host_access", "macvlan_mode=private", "macvlan_mode=bridge"}},
 	{"-o mode=macvlan -o parent=lan0 -o host_access=perhaps", []string{"host_access", "perhaps", "true or false"}},
 	{"-o mode=macvlan -o parent=lan0 -o probe=perhaps", []string{"probe", "perhaps", "true or false"}},
 	{"-o mode=macvlan -o parent=lan0 -o host_address=10.214.0.7 --subnet 10.214.0.0/24", []string{"host_address", "host_access=true"}},
 	{"-o mode=macvlan -o parent=lan0 -o host_access=true -o host_address=10.9.9.9 --subnet 10.214.0.0/24", []string{"host_address", "10.9.9.9", "10.214.0.0/24"}},
 	{"-o mode=macvlan -o parent=lan0 -o host_access=true -o host_address=10.214.0.1 --subnet 10.214.0.0/24 --gateway 10.214.0.1", []string{"host_address", "gateway"}},
-	{"-o mode=macvlan -o parent=lan0 -o mtu=9000", []string{"mtu", "9000", "1500", "lan0"}},
-	{"-o mode=macvlan -o parent=lan0 -o mtu=1000 --ipv6 --subnet fd00:214::/64", []string{"mtu", "1000", "1280"}},
+	{"-o mode=macvlan -o parent=lan0 -o mtu=9000 --subnet 198.51.100.0/24", []string{"mtu", "9000", "1500", "lan0"}},
+	{"-o mode=macvlan -o parent=lan0 -o mtu=1000 --subnet 198.51.100.0/24 --ipv6 --subnet fd00:214::/64", []string{"mtu", "1000", "1280"}},
 	{"-o mode=macvlan -o parent=lan0 --internal -o egress=driver", []string{"egress", "--internal"}},
 	{"-o mode=macvlan -o egress=driver", []string{"egress", "parent"}},
 	{"-o mode=macvlan -o parent=lan0 -o routes=10.5.0.0/16", []string{"routes", "via"}},
 	{"-o mode=macvlan -o parent=lan0 --subnet 10.214.0.0/24 -o routes=10.5.0.0/16,via,10.6.0.1", []string{"routes"}},
 	{"-o mode=macvlan -o parent=lan0 --subnet 198.51.100.0/25", []string{"198.51.100.0/25", "lan0", "--subnet 198.51.100.0/24", "--ip-range"}},
 	{"-o mode=macvlan -o parent=lan0 --subnet 198.51.0.0/16", []string{"198.51.0.0/16", "lan0", "--subnet 198.51.100.0/24"}},
+	{"-o mode=macvlan -o parent=lan0", []string{"chosen automatically", "parent lan0 is in 198.51.100.0/24", "--subnet 198.51.100.0/24 --gateway ADDRESS", "dhcp=lan0"}},
+	{"-o mode=macvlan -o parent=lan0 --subnet 198.51.100.0/24 --gateway " + host4, []string{host4, "this host's own", "lan0"}},
+	{"--subnet 198.51.100.0/24", []string{"198.51.100.0/24", "by lan0", "choose another --subnet", "parent=lan0"}},
 	// What follows is at odds with the network that is there.
 	{"-o mode=macvlan -o parent=used0 -o macvlan_mode=passthru", []string{"used0", "passthru", "alone"}},
 	{"-o mode=ipvlan -o parent=used0", []string{"used0", "mode=macvlan", "another parent"}},
@@ -106,9 +109,9 @@ func refuse(t *testing.T, e *engine) {
 	}
 	// What this kernel does not have is said in the same way.
 	for args, kind := range map[string]string{
-		"-o mode=ipvlan -o parent=lan0":     "ipvlan",
-		"-o mode=macvlan -o parent=lan0.77": "vlan",
-		"-o mode=macvlan":                   "dummy",
+		"-o mode=ipvlan -o parent=lan0 --subnet 198.51.100.0/24": "ipvlan",
+		"-o mode=macvlan -o parent=lan0.77":                      "vlan",
+		"-o mode=macvlan":                                        "dummy",
 	} {
 		all := append([]string{"network", "create", "-d", ours, "--ipam-driver", ours}, strings.Fields(args)...)
 		if _, err := e.docker(append(all, "kind")...); err == nil {

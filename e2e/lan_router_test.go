@@ -183,10 +183,10 @@ func routerTable(kind string) []group {
 		run    []string
 	}{
 		{"", lan6Args(), "arrives", "1", own4 + own6 + made6 + given + ", " + given + ", " + learned, advertisedMTU, "0", "answer", true, nil},
-		// The engine, or our IPAM, takes the first address of the range for the
-		// gateway that is not named. Which of the two routes is used is left open.
+		// The engine takes the first address of the range for the gateway that is not
+		// named. Which of its two routes is used is left open.
 		{", no IPv6 gateway", lan4Args("--ipv6", "--subnet", lan6, "--ip-range", lan6Range), "arrives", "1",
-			own4 + own6 + made6 + "default via 2001:db8:1::a00 dev eth0, " + given + ", " + learned, advertisedMTU, "0", "", false, nil},
+			own4 + own6 + made6 + given + ", " + learned, advertisedMTU, "0", "", false, nil},
 		// Nobody gives it a way out, and it learns one from the LAN.
 		{", internal", lan6Args("--internal"), "arrives", "1", own4 + own6 + made6 + learned, advertisedMTU, "0", "answer", false, nil},
 		{", no IPv6", lan4Args(), "timeout", "0", own4 + given, "1500", "1", "no answer", false, nil},
@@ -208,6 +208,10 @@ func routerTable(kind string) []group {
 			{name: "interface", ask: fact("alpha", interfaceFacts), want: "eth0 mtu 1500 up"},
 			{name: "accept_ra", ask: setting6("alpha", "eth0", "accept_ra"), want: "1"},
 			{name: "disable_ipv6", ask: setting6("alpha", "eth0", "disable_ipv6"), want: x.off},
+		}
+		if x.name == ", no IPv6 gateway" {
+			steps[2].differs = map[int]string{0: own4 + own6 + made6 + "default via 2001:db8:1::a00 dev eth0, " + given + ", " + learned}
+			steps[2].why = "the built-in driver takes an address that nobody has for the gateway"
 		}
 		if x.beyond != "" {
 			steps = append(steps, probe{name: "beyond the router, ping", ask: ping("alpha", "beyond6"), want: x.beyond})

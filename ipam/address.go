@@ -104,6 +104,11 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 		} else {
 			a, err = i.choose(ctx, p, r)
 		}
+		if err == nil && r.kind == kindGateway && !r.want.IsValid() {
+			p.mu.Lock()
+			p.guess = a
+			p.mu.Unlock()
+		}
 		if err == nil {
 			if !again {
 				i.bind(ctx, p, a, r)

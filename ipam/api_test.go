@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -72,5 +73,30 @@ func TestWire(t *testing.T) {
 	cancel()
 	if err := <-done; err != nil {
 		t.Error(err)
+	}
+}
+
+// TestChosen: what nobody typed is known as such, also where the engine asks for
+// the gateway with a request of its own; what a DHCP server said was not made up.
+func TestChosen(t *testing.T) {
+	h := newHouse(t)
+	auto := h.do("pool local 4")
+	prefix := netip.MustParsePrefix(strings.TrimPrefix(auto, "weft-local,"))
+	h.do("pool local 10.1.0.0/24")
+	h.do("pool local 10.2.0.0/24 sub 10.2.0.128/25")
+	h.do("gw weft-local,10.1.0.0/24 10.1.0.254")
+	for _, c := range []struct {
+		pool, gateway string
+		want          [3]bool // subnet, gateway, ours
+	}{
+		{prefix.String(), strings.Split(h.do("gw "+auto), "/")[0], [3]bool{true, true, true}},
+		{"10.1.0.0/24", "10.1.0.254", [3]bool{false, false, true}},
+		{"10.2.0.0/24", strings.Split(h.do("gw weft-local,10.2.0.0/24,10.2.0.128/25"), "/")[0], [3]bool{false, true, true}},
+		{"10.3.0.0/24", "10.3.0.1", [3]bool{}},
+	} {
+		subnet, gateway, ours := h.Chosen(netip.MustParsePrefix(c.pool), netip.MustParseAddr(c.gateway))
+		if got := [3]bool{subnet, gateway, ours}; got != c.want {
+			t.Errorf("%s, gateway %s: %v, want %v", c.pool, c.gateway, got, c.want)
+		}
 	}
 }

@@ -137,8 +137,11 @@ type pool struct {
 	unconfirmed bool
 	// In a shared space: mine has the addresses of this host as it wrote them,
 	// others all else that is taken, gateways included.
-	mine      map[netip.Addr]ownClaim
-	others    map[netip.Addr]heldClaim
+	mine   map[netip.Addr]ownClaim
+	others map[netip.Addr]heldClaim
+	// automatic: nobody typed the subnet. guess is the gateway that nobody typed.
+	automatic bool
+	guess     netip.Addr
 	releasing bool // ReleasePool came
 	closed    bool // no address is handed out any more; the pool will go
 }
@@ -246,7 +249,14 @@ func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
 		if r.prefix, err = i.choosePool(ctx, r); err != nil {
 			return poolID{}, err
 		}
-		return r.poolID, i.addPool(ctx, r.poolID, r.opts)
+		if err := i.addPool(ctx, r.poolID, r.opts); err != nil {
+			return r.poolID, err
+		}
+		p := i.pool(r.poolKey)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.automatic = true
+		return r.poolID, nil
 	}
 	if p := i.pool(r.poolKey); p != nil {
 		p.mu.Lock()

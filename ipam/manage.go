@@ -257,6 +257,23 @@ func (i *IPAM) Station(prefix netip.Prefix, a netip.Addr) (MAC, bool) {
 	return MAC{}, false
 }
 
+// Chosen reports whether nobody typed the subnet of a pool of this host, or the
+// gateway: then they are ours, or the engine's. ours is false where the pool is not
+// one of ours, and nothing is known.
+func (i *IPAM) Chosen(prefix netip.Prefix, gateway netip.Addr) (subnet, address, ours bool) {
+	i.mu.RLock()
+	defer i.mu.RUnlock()
+	for k, p := range i.pools {
+		if k.prefix != prefix || k.space == GlobalSpace {
+			continue
+		}
+		p.mu.Lock()
+		subnet, address, ours = subnet || p.automatic, address || gateway.IsValid() && p.guess == gateway, true
+		p.mu.Unlock()
+	}
+	return subnet, address, ours
+}
+
 // station is the MAC address of a taken address: that of its lease, or what is
 // reserved.
 func (p *pool) station(a netip.Addr) (MAC, bool) {

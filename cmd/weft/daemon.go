@@ -174,6 +174,9 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 			mac, ok := p.ipam.Station(subnet, a) // made below, and there before the first call
 			return mac, ok
 		},
+		Chosen: func(subnet netip.Prefix, gateway netip.Addr) (bool, bool, bool) {
+			return p.ipam.Chosen(subnet, gateway)
+		},
 		Backends: map[string]driver.Backend{
 			"bridge": driver.Bridge{}, "macvlan": driver.Parent{Kind: "macvlan"}, "ipvlan": driver.Parent{Kind: "ipvlan"},
 			driver.ModeOverlay: overlay.Backend{},

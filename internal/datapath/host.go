@@ -315,6 +315,28 @@ func (k *Kernel) Bridged(ctx context.Context) ([]netip.Prefix, error) {
 	return slices.Compact(sortedPrefixes(out)), nil
 }
 
+// Addressed lists the subnets that the host has addresses of, by interface: not
+// those of our own links.
+func (k *Kernel) Addressed(ctx context.Context) (map[string][]netip.Prefix, error) {
+	all, err := k.links.list(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	addrs, err := k.links.addressesOf(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make(map[string][]netip.Prefix)
+	for _, l := range all {
+		for _, p := range addrs[l.index] {
+			if !l.ours() && occupies(p) {
+				out[l.name] = append(out[l.name], p)
+			}
+		}
+	}
+	return out, nil
+}
+
 // uplinks names the bridges, not ours, that lead to the LAN: those with a port
 // that is a real interface (a container's or virtual machine's is a veth or a
 // tap), and those that a route with a gateway leaves by.

@@ -415,3 +415,36 @@ func (k *Kernel) Link(ctx context.Context, name string) (f LinkFacts, ok bool, e
 	}
 	return f, true, nil
 }
+
+// Routers lists the routers of the default routes by one link, in the main table,
+// that of the lowest metric first. A link that does not exist has none.
+func (k *Kernel) Routers(ctx context.Context, link string) ([]netip.Addr, error) {
+	x, err := k.links.change.get(link)
+	if errors.Is(err, ErrAbsent) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	routes, err := k.links.routes(ctx, unix.RT_TABLE_MAIN)
+	if err != nil {
+		return nil, err
+	}
+	slices.SortStableFunc(routes, func(a, b netlink.Route) int { return a.Priority - b.Priority })
+	var out []netip.Addr
+	add := func(index int, gw net.IP) {
+		if a, ok := netip.AddrFromSlice(gw); ok && x.index == index && !slices.Contains(out, a.Unmap()) {
+			out = append(out, a.Unmap())
+		}
+	}
+	for _, r := range routes {
+		if p, ok := prefixOf(r.Dst); ok && p.Bits() > 0 || r.Type != unix.RTN_UNICAST {
+			continue
+		}
+		add(r.LinkIndex, r.Gw)
+		for _, h := range r.MultiPath {
+			add(h.LinkIndex, h.Gw)
+		}
+	}
+	return out, nil
+}

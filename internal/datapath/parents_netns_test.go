@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"fmt"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -184,6 +185,30 @@ func TestLink(t *testing.T) {
 	}
 	if f, ok, err := k.Link(t.Context(), "none"); ok || err != nil {
 		t.Errorf("none: %+v, %t, %v", f, ok, err)
+	}
+}
+
+// TestHostOnLAN is what a new network asks of the host: who it sends to by a link,
+// and what it is in.
+func TestHostOnLAN(t *testing.T) {
+	k, host, _ := lanWorld(t)
+	host.Exec("sh", "-ec", `
+		ip link add other type veth peer name otherp; ip link set other up; ip link set otherp up
+		ip addr add 198.51.100.1/24 dev other; ip addr add 203.0.113.7/32 dev other
+		ip route add default via 192.0.2.50 metric 20; ip route add default via 192.0.2.51 metric 10
+		ip route add default via 198.51.100.9 metric 5; ip route add 10.0.0.0/8 via 192.0.2.52
+		ip -6 route add default via 2001:db8:1::50 dev lan0`)
+	ensure(t, k, State{Bridges: []Bridge{{Name: "wfb1", MTU: 1500, MAC: MAC{2, 1}, Addrs: []netip.Prefix{prefix("10.9.0.1/24")}}}})
+	for link, want := range map[string]string{
+		"lan0": "[192.0.2.51 192.0.2.50 2001:db8:1::50]", "other": "[198.51.100.9]", "none": "[]", "lo": "[]",
+	} {
+		if got, err := k.Routers(t.Context(), link); err != nil || fmt.Sprint(got) != want {
+			t.Errorf("routers by %s: %v, %v, want %s", link, got, err, want)
+		}
+	}
+	got, err := k.Addressed(t.Context())
+	if err != nil || fmt.Sprint(got["lan0"]) != "[192.0.2.10/24 2001:db8:1::10/64]" || fmt.Sprint(got["other"]) != "[198.51.100.1/24 203.0.113.7/32]" || got["wfb1"] != nil {
+		t.Errorf("addressed: %v, %v", got, err)
 	}
 }
 
