@@ -2,80 +2,144 @@ package datapath
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
+	"sync"
 
 	"github.com/sirupsen/logrus"
-	"github.com/vishvananda/netlink"
-	"golang.org/x/sys/unix"
 )
 
 // flows forgets connections that the kernel tracks for published UDP ports. A
 // UDP client that never stops sending keeps its entry alive for ever, and with
 // it the container that had the port first, or the host itself. TCP needs no
 // help: its connections end.
+//
+// The kernel finds them only by walking its whole table. Nobody waits for that:
+// a port that was just published serves every client whose flow is new. One walk
+// serves all ports that came together or while the last one was under way.
 type flows struct {
-	lib *netlink.Handle // nil where the kernel has no connection tracking to talk to
+	log   logrus.FieldLogger
+	track *conntrack // nil where the kernel has no connection tracking to talk to
+	links *links
+
+	mu      sync.Mutex
+	waiting stale
+	closed  bool
+	walking bool
+	walks   sync.WaitGroup // the goroutine, while there is one
 }
 
-func newFlows(log logrus.FieldLogger) *flows {
-	h, err := netlink.NewHandle(unix.NETLINK_NETFILTER)
-	if err == nil {
-		if err = h.SetSocketTimeout(answerTimeout); err == nil {
-			return &flows{lib: h}
-		}
-		h.Close()
-	}
-	log.WithError(err).Warn("no connection tracking: UDP clients of a port published again may reach its former container")
-	return &flows{}
+// stale is what is to be forgotten.
+type stale struct {
+	// published ports were just translated: flows that go elsewhere, which is
+	// where the port led before. withdrawn ones were given up: flows that go
+	// where they led.
+	published, withdrawn []Element
 }
 
-func (f *flows) close() {
-	if f.lib != nil {
-		f.lib.Close()
-	}
-}
-
-// published forgets flows to ports that were just translated, which go to
-// where the port led before.
-func (f *flows) published(ctx context.Context, list []Element, l *links) error {
-	udp := udpPorts(list)
-	if udp.empty() {
-		return nil
-	}
-	addrs, err := l.addressesOf(ctx)
+func newFlows(log logrus.FieldLogger, l *links) *flows {
+	track, err := newConntrack()
 	if err != nil {
-		return err
+		log.WithError(err).Warn("no connection tracking: UDP clients of a port published again may reach its former container")
 	}
-	// Only what was sent to this host: the port number alone would catch
-	// the host's and the containers' own conversations with others.
-	local := make(map[netip.Addr]bool)
-	for _, ps := range addrs {
-		for _, p := range ps {
-			local[p.Addr()] = true
-		}
-	}
-	return f.forget(ctx, func(w flow) bool {
-		if !local[w.to.Addr()] && !w.to.Addr().IsLoopback() {
-			return false
-		}
-		return udp.any(w.to.Port(), func(e Element, to netip.AddrPort) bool {
-			return e.Net.Contains(w.to.Addr()) && w.from != to
-		})
-	})
+	return &flows{log: log, track: track, links: l}
 }
 
-// withdrawn forgets flows to ports that were just given up.
-func (f *flows) withdrawn(ctx context.Context, list []Element) error {
-	udp := udpPorts(list)
-	if udp.empty() {
+// close waits for the walk that is under way.
+func (f *flows) close() {
+	f.mu.Lock()
+	f.closed = true
+	f.mu.Unlock()
+	f.walks.Wait()
+	if f.track != nil {
+		f.track.close()
+	}
+}
+
+// forget has the flows forgotten that the change of the elements leaves.
+func (f *flows) forget(published, withdrawn []Element) {
+	translated := func(list []Element) []Element {
+		return slices.DeleteFunc(slices.Clone(list), func(e Element) bool { return e.Set != SetPublished || e.Proto != UDP })
+	}
+	s := stale{translated(published), translated(withdrawn)}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.track == nil || f.closed || len(s.published)+len(s.withdrawn) == 0 {
+		return
+	}
+	f.waiting.published = append(f.waiting.published, s.published...)
+	f.waiting.withdrawn = append(f.waiting.withdrawn, s.withdrawn...)
+	if !f.walking {
+		f.walking = true
+		f.walks.Go(f.run)
+	}
+}
+
+// run walks until nothing is left to be forgotten.
+func (f *flows) run() {
+	for {
+		f.mu.Lock()
+		s := f.waiting
+		f.waiting = stale{}
+		f.walking = len(s.published)+len(s.withdrawn) > 0 && !f.closed
+		on := f.walking
+		f.mu.Unlock()
+		if !on {
+			return
+		}
+		if err := f.walk(s); err != nil {
+			f.log.WithError(err).Warn("UDP clients of a port published again may reach its former container")
+		}
+	}
+}
+
+// walk forgets what is stale of both families in one go each.
+func (f *flows) walk(s stale) error {
+	if n, err := f.track.count(); err == nil && n == 0 {
 		return nil
 	}
-	return f.forget(ctx, func(w flow) bool {
-		return udp.any(w.to.Port(), func(_ Element, to netip.AddrPort) bool { return w.from == to })
-	})
+	ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
+	defer cancel()
+	local := make(map[netip.Addr]bool)
+	if len(s.published) > 0 {
+		// Only what was sent to this host: the port number alone would catch
+		// the host's and the containers' own conversations with others.
+		addrs, err := f.links.addressesOf(ctx)
+		if err != nil {
+			return fmt.Errorf("forget UDP flows: %w", err)
+		}
+		for _, ps := range addrs {
+			for _, p := range ps {
+				local[p.Addr()] = true
+			}
+		}
+	}
+	is, was := udpPorts(s.published), udpPorts(s.withdrawn)
+	all := slices.Concat(s.published, s.withdrawn)
+	for _, v6 := range families {
+		if !slices.ContainsFunc(all, func(e Element) bool { return e.To.Is6() == v6 }) {
+			continue
+		}
+		err := f.track.forgetUDP(v6, onePort(all), func(w flow) bool {
+			return (local[w.to.Addr()] || w.to.Addr().IsLoopback()) && is.any(w.to.Port(), func(e Element, to netip.AddrPort) bool {
+				return e.Net.Contains(w.to.Addr()) && w.from != to
+			}) || was.any(w.to.Port(), func(_ Element, to netip.AddrPort) bool { return w.from == to })
+		})
+		if err != nil {
+			return fmt.Errorf("forget UDP flows: %w", err)
+		}
+	}
+	return nil
+}
+
+// onePort is the only port that the elements translate, or 0.
+func onePort(list []Element) uint16 {
+	port := list[0].Port
+	if slices.ContainsFunc(list, func(e Element) bool { return e.Port != port || e.More > 0 }) {
+		return 0
+	}
+	return port
 }
 
 // udp are translated UDP ports.
@@ -84,22 +148,18 @@ type udp struct {
 	ranges []Element
 }
 
-// udpPorts are the translated UDP ports among list.
+// udpPorts sorts translated UDP ports.
 func udpPorts(list []Element) udp {
 	u := udp{single: make(map[uint16][]Element)}
 	for _, e := range list {
-		switch {
-		case e.Set != SetPublished || e.Proto != UDP:
-		case e.More > 0:
+		if e.More > 0 {
 			u.ranges = append(u.ranges, e)
-		default:
+		} else {
 			u.single[e.Port] = append(u.single[e.Port], e)
 		}
 	}
 	return u
 }
-
-func (u udp) empty() bool { return len(u.single) == 0 && len(u.ranges) == 0 }
 
 // any reports whether f accepts one of the elements that translate the port, and
 // where to.
@@ -108,40 +168,4 @@ func (u udp) any(port uint16, f func(e Element, to netip.AddrPort) bool) bool {
 		slices.ContainsFunc(u.ranges, func(e Element) bool {
 			return e.Port <= port && port <= e.Port+e.More && f(e, netip.AddrPortFrom(e.To, port))
 		})
-}
-
-// flow is a tracked connection: where its first packet was sent, and who
-// answers.
-type flow struct{ to, from netip.AddrPort }
-
-// forget deletes the UDP flows that stale accepts.
-func (f *flows) forget(ctx context.Context, stale func(flow) bool) error {
-	if f.lib == nil {
-		return nil
-	}
-	for _, family := range []netlink.InetFamily{unix.AF_INET, unix.AF_INET6} {
-		_, err := dump(ctx, func() (uint, error) {
-			return f.lib.ConntrackDeleteFilters(netlink.ConntrackTable, family, flowFilter(stale))
-		})
-		if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
-			return fmt.Errorf("forget UDP flows: %w", err)
-		}
-	}
-	return nil
-}
-
-// flowFilter is the library's interface for choosing flows.
-type flowFilter func(flow) bool
-
-// MatchConntrackFlow implements netlink.CustomConntrackFilter.
-func (f flowFilter) MatchConntrackFlow(c *netlink.ConntrackFlow) bool {
-	if c.Forward.Protocol != unix.IPPROTO_UDP {
-		return false
-	}
-	to, ok1 := netip.AddrFromSlice(c.Forward.DstIP)
-	from, ok2 := netip.AddrFromSlice(c.Reverse.SrcIP)
-	return ok1 && ok2 && f(flow{
-		netip.AddrPortFrom(to.Unmap(), c.Forward.DstPort),
-		netip.AddrPortFrom(from.Unmap(), c.Reverse.SrcPort),
-	})
 }

@@ -65,7 +65,7 @@ func New(c Config) (_ *Kernel, err error) {
 		return nil, err
 	}
 	k.shortcuts = newShortcuts(c.Log, in.table, k.firewall.ns)
-	k.flows = newFlows(c.Log)
+	k.flows = newFlows(c.Log, k.links)
 	return k, nil
 }
 
@@ -239,7 +239,8 @@ func (k *Kernel) ensureElements(ctx context.Context, list []Element, d *done) er
 		}
 	}
 	d.made.Elements = append(d.made.Elements, made...)
-	return k.flows.published(ctx, made, k.links)
+	k.flows.forget(made, nil)
+	return nil
 }
 
 func (k *Kernel) ensureBridges(ctx context.Context, list []Bridge, d *done) error {
@@ -393,7 +394,8 @@ func (k *Kernel) Remove(ctx context.Context, s State) error {
 	ports, rules := split(s.Elements)
 	var errs []error
 	if len(ports) > 0 {
-		errs = append(errs, k.firewall.remove(ctx, ports), k.flows.withdrawn(ctx, ports))
+		errs = append(errs, k.firewall.remove(ctx, ports))
+		k.flows.forget(nil, ports)
 	}
 	for _, x := range s.Sockets {
 		errs = append(errs, k.sockets.release(x))

@@ -432,7 +432,7 @@ func TestProxyUDPLimitsSessions(t *testing.T) {
 // client has never stopped sending.
 func TestUDPFlowsAreForgotten(t *testing.T) {
 	k, host := newKernel(t)
-	if k.flows.lib == nil {
+	if k.flows.track == nil {
 		t.Fatal("needs nf_conntrack_netlink, which every kernel of Debian has")
 	}
 	s := network()
@@ -480,6 +480,7 @@ func TestUDPFlowsAreForgotten(t *testing.T) {
 	}
 	check := func(want string) {
 		t.Helper()
+		k.flows.walks.Wait()
 		if a, err := ask(c, []byte("?")); err != nil || string(a) != want {
 			t.Errorf("answer %q, %v, want %q", a, err, want)
 		}
@@ -494,16 +495,17 @@ func TestUDPFlowsAreForgotten(t *testing.T) {
 		t.Error("no flow to forget: this test shows nothing")
 	}
 	remove(t, k, published("10.7.0.2"))
+	k.flows.walks.Wait()
 	if tracked() {
 		t.Error("the flow outlived its port")
 	}
 	ensure(t, k, published("10.7.0.3"))
 	check("10.7.0.3")
 	// As after a crash in between: the port leads elsewhere at once.
-	c2 := k.flows.lib
-	k.flows.lib = nil
+	track := k.flows.track
+	k.flows.track = nil
 	remove(t, k, published("10.7.0.3"))
-	k.flows.lib = c2
+	k.flows.track = track
 	ensure(t, k, published("10.7.0.2"))
 	check("10.7.0.2")
 }
