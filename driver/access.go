@@ -50,53 +50,50 @@ func (d *Driver) arrive(ctx context.Context, n *network, e *endpoint) error {
 		return nil
 	}
 	rec := e.rec
-	rec.Joined, rec.Reach = true, n.rec.Access
-	rec.Host, rec.Near = nil, nil
+	rec.Joined, rec.Reach, rec.Host = true, n.rec.Access, nil
 	if n.rec.Options.HostAccess {
 		var err error
-		if rec.Host, rec.Near, err = d.surroundings(ctx, n.rec); err != nil {
+		if rec.Host, err = d.hostAddrs(ctx, n.rec); err != nil {
 			return err
 		}
 	}
 	return d.become(ctx, n, e, rec)
 }
 
-// surroundings are the host's addresses on the parent, and the subnets of its
-// bridges, ours and others', that the network does not have itself.
-func (d *Driver) surroundings(ctx context.Context, n Network) (hosts []netip.Addr, near []netip.Prefix, err error) {
+// hostAddrs are the host's addresses on the parent that containers of the network
+// are given a route to (in l3 the parent's namespace routes): those in its own
+// subnets, which a container looks for on its own link, where the parent is deaf
+// to it. And those of IPv6 outside of them, for a container may make itself an
+// address of what the LAN's router advertises; but not where another network
+// hangs on the parent. A container may be on both: the kernel refuses the same
+// route twice, and the engine an interface whose subnet a route leads into.
+func (d *Driver) hostAddrs(ctx context.Context, n Network) ([]netip.Addr, error) {
 	f, _, err := d.host.Link(ctx, n.parent())
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
+	alone := d.alone(n)
+	var list []netip.Addr
 	for _, p := range f.Addrs {
-		if !slices.Contains(hosts, p.Addr()) {
-			hosts = append(hosts, p.Addr())
+		a := p.Addr()
+		_, own := n.subnet(a)
+		if (own || n.Options.layer3() || a.Is6() && alone) && !slices.Contains(list, a) {
+			list = append(list, a)
 		}
 	}
-	if n.Options.layer3() {
-		return hosts, nil, nil
-	}
-	bridged, err := d.host.Bridged(ctx)
-	if err != nil {
-		return nil, nil, err
-	}
-	for _, p := range bridged {
-		if !slices.ContainsFunc(n.Subnets, func(s Subnet) bool { return s.Pool.Overlaps(p) }) {
-			near = append(near, p)
-		}
-	}
+	return list, nil
+}
+
+// alone reports whether no other network of ours hangs on the network's parent.
+func (d *Driver) alone(n Network) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	for _, o := range d.networks {
-		if o.rec.Mode != modeBridge || o.rec.Options.Bridge != "" || o.rec.Options.Egress != EgressDriver || o.doomed {
-			continue
-		}
-		for _, s := range o.rec.Subnets {
-			near = append(near, s.Pool)
+	for id, o := range d.networks {
+		if id != n.ID && o.rec.onParent() && o.rec.parent() == n.parent() {
+			return false
 		}
 	}
-	slices.SortFunc(near, func(a, b netip.Prefix) int { return a.Addr().Compare(b.Addr()) })
-	return hosts, near, nil
+	return true
 }
 
 // ensureOn makes what an endpoint wants. What hangs on a parent may find it

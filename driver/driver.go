@@ -39,8 +39,6 @@ type host interface {
 	// PathMTU is the MTU of networks that are given none.
 	PathMTU(ctx context.Context) (int, error)
 	Link(ctx context.Context, name string) (datapath.LinkFacts, bool, error)
-	// Bridged are the subnets of bridges that others made for containers.
-	Bridged(ctx context.Context) ([]netip.Prefix, error)
 	// Addressed are the host's addresses with their subnets, by interface.
 	Addressed(ctx context.Context) (map[string][]netip.Prefix, error)
 	// Routers are those of the host's default routes by one link.

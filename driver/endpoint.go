@@ -351,7 +351,7 @@ func (d *Driver) leave(ctx context.Context, n *network, e *endpoint) error {
 	}
 	rec := e.rec
 	rec.Left, rec.Programmed, rec.Hairpin, rec.Ports = true, false, false, nil
-	rec.Joined, rec.Reach, rec.Host, rec.Near = false, false, nil, nil
+	rec.Joined, rec.Reach, rec.Host = false, false, nil
 	d.mu.Lock()
 	e.joined, e.gone = false, false
 	d.mu.Unlock()

@@ -570,7 +570,6 @@ type fakeHost struct {
 	probes  []string                    // what was asked for
 
 	announced []string
-	bridged   []netip.Prefix
 	routers   map[string][]netip.Addr // by link
 	addressed map[string][]netip.Prefix
 }
@@ -589,12 +588,6 @@ func (h *fakeHost) Link(_ context.Context, name string) (datapath.LinkFacts, boo
 		return datapath.LinkFacts{Name: name, Kind: "vlan", Ours: true, Up: true, MTU: 1500}, true, nil
 	}
 	return datapath.LinkFacts{}, false, nil
-}
-
-func (h *fakeHost) Bridged(context.Context) ([]netip.Prefix, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return slices.Clone(h.bridged), nil
 }
 
 func (h *fakeHost) Addressed(context.Context) (map[string][]netip.Prefix, error) {

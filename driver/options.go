@@ -42,8 +42,8 @@ type Options struct {
 	Parent  string `json:",omitempty"`
 	SubMode string `json:",omitempty"`
 	SubFlag string `json:",omitempty"`
-	// HostAccess lets the host and the containers on its bridges reach those of
-	// the network and back; HostAddrs are addresses of the LAN that it uses.
+	// HostAccess lets the host reach the network's containers and back, and those
+	// on its bridges reach them; HostAddrs are addresses of the LAN that it uses.
 	HostAccess bool         `json:",omitempty"`
 	HostAddrs  []netip.Addr `json:",omitempty"`
 	// NoProbe hands addresses out without asking the LAN for them.

@@ -158,7 +158,7 @@ func (b Parent) Endpoint(n Network, e Endpoint) datapath.State {
 		s.Routes = append(s.Routes, r)
 		s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetAttached, Link: own, Net: single(a.Addr())})
 		if n.Options.HostAccess {
-			s.Elements = append(s.Elements, b.access(n, e, own, a.Addr())...)
+			s.Elements = append(s.Elements, n.near(e, a.Addr())...)
 		}
 		s.Forward4 = s.Forward4 || a.Addr().Is4()
 		s.Forward6 = s.Forward6 || a.Addr().Is6()
@@ -167,21 +167,12 @@ func (b Parent) Endpoint(n Network, e Endpoint) datapath.State {
 	return s
 }
 
-// access lets the endpoint and the containers on the host's bridges reach each
-// other.
-func (b Parent) access(n Network, e Endpoint, own string, a netip.Addr) []datapath.Element {
-	in := own
-	if b.Kind == modeIPvlan {
-		in = n.parent() // what an ipvlan does not know comes out of its parent
-	}
-	list := []datapath.Element{{Set: datapath.SetAccess, Link: in, Net: single(a)}}
-	near := slices.Clone(e.Near)
+// near are the host's addresses that the endpoint answers at once.
+func (n Network) near(e Endpoint, a netip.Addr) []datapath.Element {
+	var list []datapath.Element
 	for _, h := range slices.Concat(e.Host, n.Options.HostAddrs) {
-		near = append(near, single(h))
-	}
-	for _, p := range near {
-		if p.Addr().Is4() == a.Is4() {
-			list = append(list, datapath.Element{Set: datapath.SetNear, Net: p, To: a})
+		if h.Is4() == a.Is4() {
+			list = append(list, datapath.Element{Set: datapath.SetNear, Net: single(h), To: a})
 		}
 	}
 	return list
@@ -214,7 +205,7 @@ func (b Parent) Attach(n Network, e Endpoint) Attachment {
 	return at
 }
 
-// wayBack are the routes to the host, and to the containers on its bridges.
+// wayBack are the routes to the host.
 func (n Network) wayBack(e Endpoint, f family) []Route {
 	hop := n.hop(f)
 	list := []Route{{Destination: single(hop)}}
@@ -224,11 +215,6 @@ func (n Network) wayBack(e Endpoint, f family) []Route {
 	for _, a := range e.Host {
 		if f.of(a) {
 			list = append(list, Route{Destination: single(a), NextHop: hop})
-		}
-	}
-	for _, p := range e.Near {
-		if f.of(p.Addr()) {
-			list = append(list, Route{Destination: p, NextHop: hop})
 		}
 	}
 	return list

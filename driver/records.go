@@ -83,11 +83,9 @@ type Endpoint struct {
 	// container's and cannot be seen.
 	Joined bool `json:",omitempty"`
 	// Reach is set while the host has a route to the container and the container
-	// one back. Host are the host's addresses, and Near the subnets of its
-	// bridges, that the container was told with that.
-	Reach bool           `json:",omitempty"`
-	Host  []netip.Addr   `json:",omitempty"`
-	Near  []netip.Prefix `json:",omitempty"`
+	// one back. Host are the host's addresses that the container knows the way to.
+	Reach bool         `json:",omitempty"`
+	Host  []netip.Addr `json:",omitempty"`
 	// Claim orders endpoints of several hosts that claim one address.
 	Claim   uint64 `json:",omitempty"`
 	Created time.Time

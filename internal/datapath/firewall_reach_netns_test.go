@@ -338,11 +338,11 @@ func TestReachUntranslated(t *testing.T) {
 	}
 }
 
-// TestReachVeil: a container on the engine's bridge and one on the LAN that the
-// host has access to. From version 28 on the engine drops, before connections are
-// tracked, what comes to its containers by another link; answers pass all the
-// same, and nothing else.
-func TestReachVeil(t *testing.T) {
+// TestReachLAN: a container on the LAN that the host has access to. Containers on
+// bridges, the engine's too, reach it by the address of the host's own
+// sub-interface, so that the answers pass what the engine, from version 28 on, drops
+// before connections are tracked. To them leads what is published.
+func TestReachLAN(t *testing.T) {
 	w := newWorld(t, true)
 	w.engine("nft")
 	w.neighbour("l1", "wfs1", 152)
@@ -350,12 +350,11 @@ func TestReachVeil(t *testing.T) {
 		w.host.Exec(ipt, "-t", "raw", "-A", "PREROUTING", "-d", w.addr["e1"][i].String(), "!", "-i", "docker0", "-j", "DROP")
 	}
 	els := append(w.elements(), Element{Set: SetOwn, Link: "wfs1"})
-	for i, p := range subnet(8, 0) {
+	for i, p := range subnet(200, 1) { // an address of the host by another card
 		l1 := w.addr["l1"][i]
-		els = append(els,
-			Element{Set: SetAttached, Link: "wfs1", Net: hostPrefix(l1)},
-			Element{Set: SetAccess, Link: "wfs1", Net: hostPrefix(l1)},
-			Element{Set: SetNear, Net: p.Masked(), To: l1})
+		els = append(els, Element{Set: SetAttached, Link: "wfs1", Net: hostPrefix(l1)},
+			Element{Set: SetNear, Net: hostPrefix(p.Addr()), To: l1})
+		w.host.Exec("ip", "route", "replace", l1.String(), "dev", "wfs1", "src", p.Addr().String())
 	}
 	if _, err := w.fw.add(t.Context(), els); err != nil {
 		t.Fatal(err)
@@ -364,25 +363,22 @@ func TestReachVeil(t *testing.T) {
 		t.Fatal(err)
 	}
 	probes := []probe{
-		{"e1", "l1:8080", "l1:8080 e1"},
+		{"host", "l1:8080", "l1:8080 gw200"},
+		{"e1", "l1:8080", "l1:8080 gw152"},
+		{"a1", "l1:8080", "l1:8080 gw152"},
 		{"l1", "e1:8081", ""},
-		{"l1", "e1:8080", ""}, // published, but not at this address
 		{"l1", "host:94", "e1:8080 l1"},
-		{"a1", "l1:8080", "l1:8080 gw152"}, // does not know the way back to it
-		{"l1", "a1:8080", "a1:8080 l1"},
+		{"l1", "a1:8080", ""},
+		{"out", "l1:8080", "l1:8080 gw152"},
+		{"out", "e1:8080", ""},
 	}
-	for family := range 2 {
-		w.run(family, append(probes, probe{"out", "e1:8080", ""}))
-	}
-	// Another program uses our bit of the mark.
-	w.host.Exec("nft", "table inet theirs { chain early { type filter hook prerouting priority -350; meta mark set 0x20000001; }; }")
 	for family := range 2 {
 		w.run(family, probes)
 	}
 	// As engines up to 27 have it.
 	w.host.Exec("sh", "-ec", "iptables-nft -t raw -F PREROUTING; ip6tables-nft -t raw -F PREROUTING")
 	for family := range 2 {
-		w.run(family, probes)
+		w.run(family, probes[:6])
 	}
 }
 

@@ -21,10 +21,6 @@ const tableName = "weft"
 // the rule in others' chains (see hook) that the packet is ours and allowed.
 const acceptMark = 0x10000000
 
-// veilMark is on a packet while its destination is not its own, see veil. It
-// comes and goes within one hook, before the packet is routed.
-const veilMark = 0x20000000
-
 // Keys of the meta expression that golang.org/x/sys/unix lacks, from enum
 // nft_meta_keys in linux/netfilter/nf_tables.h; Linux 5.6.
 const (
@@ -63,7 +59,7 @@ func newRuleset(table string) (*ruleset, error) {
 	for _, d := range rs.sets {
 		rs.bySet[d.lookup()] = d
 	}
-	rs.rules = slices.Concat(veil(), prerouting(), forward(), toBridge(), fromBridge(), guard(), postrouting())
+	rs.rules = slices.Concat(prerouting(), forward(), toBridge(), fromBridge(), guard(), postrouting())
 
 	if err := rs.fingerprint(); err != nil {
 		return nil, err
@@ -113,8 +109,6 @@ func chains(t *nftables.Table) []*nftables.Chain {
 		return &nftables.Chain{Name: name, Table: t, Type: typ, Hooknum: hook, Priority: &prio, Policy: &accept}
 	}
 	cs := []*nftables.Chain{
-		base("veil", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw-1),
-		base("unveil", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw+1),
 		base("raw_prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw),
 		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest),
 		base("raw_output", nftables.ChainTypeFilter, nftables.ChainHookOutput, *nftables.ChainPriorityRaw),
@@ -125,32 +119,13 @@ func chains(t *nftables.Table) []*nftables.Chain {
 		// Before those of others: see keepSource.
 		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource-1),
 	}
-	for _, name := range []string{"loopback", "publish", "to_bridge", "from_bridge", "answers", "ok"} {
+	for _, name := range []string{"loopback", "publish", "to_bridge", "from_bridge", "ok"} {
 		cs = append(cs, &nftables.Chain{Name: name, Table: t})
 	}
 	return cs
 }
 
 var families = []bool{false, true} // is it IPv6?
-
-// veil: answers of a LAN container to a container on somebody else's bridge, which
-// asked by its own address. The engine drops, from version 28 on, what comes to
-// its containers' addresses by another link, in the raw table: before connection
-// tracking, so that it cannot tell answers from the rest. For as long as that
-// table is passed the packet has a destination that is nobody's, by one bit; it is
-// exactly as it was afterwards, so that no checksum needs to know. The mark alone
-// does not tell which packets to put right: another program may use the same bit.
-// That it is an answer is checked in its place, see forward.
-func veil() []rule {
-	var rs []rule
-	for _, v6 := range families {
-		rs = append(rs,
-			in("veil", family(v6), isIn(suffix("access", v6), iif, saddr(v6)), isIn(suffix("near", v6), daddr(v6), saddr(v6)), flip(v6), mark(veilMark, true)),
-			in("unveil", marked(veilMark), family(v6), isInFlipped(suffix("near", v6), v6, saddr(v6)), flip(v6), mark(veilMark, false)),
-		)
-	}
-	return rs
-}
 
 // prerouting: what comes in, and what the host itself sends.
 func prerouting() []rule {
@@ -214,20 +189,13 @@ func forward() []rule {
 			in("forward", family(v6), isIn(att, oif, daddr(v6)), goTo("ok")),
 			// In and out by the bridge that the source is on: not routed.
 			in("forward", family(v6), isIn(att, oif, saddr(v6)), isIn(att, iif, saddr(v6)), goTo("ok")),
-			// From a LAN container to one on a bridge of somebody else's.
-			in("forward", family(v6), isIn(suffix("access", v6), iif, saddr(v6)), isIn(suffix("near", v6), daddr(v6), saddr(v6)), goTo("answers")),
 		)
 	}
 	rs = append(rs, in("forward", isIn("bridges", iif), goTo("from_bridge")))
 	for _, v6 := range families {
 		rs = append(rs, in("forward", family(v6), isIn(suffix("attached", v6), iif, saddr(v6)), goTo("from_bridge")))
 	}
-	return append(rs,
-		in("answers", ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), goTo("ok")),
-		// A port that the engine publishes, asked for by the host's address.
-		in("answers", ctBits(expr.CtKeySTATUS, ctStatusDNAT), verdict(expr.VerdictReturn)),
-		in("answers", drop()),
-	)
+	return rs
 }
 
 // toBridge decides what reaches the containers of our bridges.
@@ -235,9 +203,6 @@ func toBridge() []rule {
 	rs := []rule{
 		in("to_bridge", ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), goTo("ok")),
 		in("to_bridge", ctBits(expr.CtKeySTATUS, ctStatusDNAT), goTo("ok")),
-		// A LAN container that the host has access to.
-		in("to_bridge", family(false), isIn("access4", iif, saddr(false)), goTo("ok")),
-		in("to_bridge", family(true), isIn("access6", iif, saddr(true)), goTo("ok")),
 		// Another network of ours, or the same one without ICC.
 		in("to_bridge", isIn("bridges", iif), drop()),
 		// A network of somebody else, the engine for one.
@@ -276,7 +241,7 @@ func fromBridge() []rule {
 		// Towards somebody else's network its owner decides: no mark.
 		in("from_bridge", isBridge(metaOIFKind), isNotIn("uplinks", oif), verdict(expr.VerdictReturn)),
 		in("from_bridge", goTo("ok")),
-		in("ok", mark(acceptMark, true), verdict(expr.VerdictAccept)),
+		in("ok", allow(), verdict(expr.VerdictAccept)),
 	)
 }
 
@@ -289,7 +254,7 @@ func fromBridge() []rule {
 func guard() []rule {
 	return []rule{
 		in("guard", isNotIn("guard", nfproto), verdict(expr.VerdictAccept)),
-		in("guard", marked(acceptMark), verdict(expr.VerdictAccept)),
+		in("guard", allowed(), verdict(expr.VerdictAccept)),
 		in("guard", isBridge(metaIIFKind), isNotIn("uplinks", iif), verdict(expr.VerdictAccept)),
 		in("guard", isBridge(metaOIFKind), isNotIn("uplinks", oif), verdict(expr.VerdictAccept)),
 		// Frames within the host's own bridge.
@@ -302,9 +267,9 @@ func guard() []rule {
 func postrouting() []rule {
 	var rs []rule
 	for _, v6 := range families {
-		// To a LAN container that knows the way back: its own address stays,
-		// and a translation to it keeps others, the engine for one, from
-		// translating it to something else.
+		// From the host to a LAN container that knows the way back: the host's
+		// address stays, and a translation to it keeps others from translating
+		// it to something else.
 		rs = append(rs, in("postrouting", family(v6), isIn(suffix("near", v6), saddr(v6), daddr(v6)), keepSource(v6)))
 	}
 	rs = append(rs,
@@ -476,48 +441,24 @@ func ctBits(key expr.CtKey, bits uint32) []expr.Any {
 	}
 }
 
-// mark sets a bit of the packet's mark, or clears it.
-func mark(bit uint32, on bool) []expr.Any {
-	xor := make([]byte, 4)
-	if on {
-		xor = binaryutil.NativeEndian.PutUint32(bit)
-	}
+// allow sets our bit of the packet's mark.
+func allow() []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
-		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4, Mask: binaryutil.NativeEndian.PutUint32(^bit), Xor: xor},
+		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4,
+			Mask: binaryutil.NativeEndian.PutUint32(^uint32(acceptMark)), Xor: binaryutil.NativeEndian.PutUint32(acceptMark)},
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister, SourceRegister: true},
 	}
 }
 
-// marked matches if the bit of the packet's mark is set.
-func marked(bit uint32) []expr.Any {
+// allowed matches if our bit of the packet's mark is set.
+func allowed() []expr.Any {
 	return []expr.Any{
 		&expr.Meta{Key: expr.MetaKeyMARK, Register: firstRegister},
 		&expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: 4,
-			Mask: binaryutil.NativeEndian.PutUint32(bit), Xor: make([]byte, 4)},
+			Mask: binaryutil.NativeEndian.PutUint32(acceptMark), Xor: make([]byte, 4)},
 		&expr.Cmp{Op: expr.CmpOpNeq, Register: firstRegister, Data: make([]byte, 4)},
 	}
-}
-
-// flip inverts the first bit of the destination.
-func flip(v6 bool) []expr.Any {
-	read := daddr(v6).load(firstRegister).(*expr.Payload)
-	write := *read
-	write.OperationType, write.SourceRegister, write.DestRegister = expr.PayloadWrite, firstRegister, 0
-	return []expr.Any{read, firstBit(read.Len), &write}
-}
-
-// isInFlipped is isIn for a key that starts with the destination, whose first bit
-// was inverted.
-func isInFlipped(set string, v6 bool, key ...source) []expr.Any {
-	return append(concat(append([]source{daddr(v6)}, key...)...), firstBit(4*daddr(v6).regs), &expr.Lookup{SourceRegister: firstRegister, SetName: set})
-}
-
-// firstBit inverts the first bit of what the first registers have.
-func firstBit(length uint32) expr.Any {
-	xor := make([]byte, length)
-	xor[0] = 0x80
-	return &expr.Bitwise{SourceRegister: firstRegister, DestRegister: firstRegister, Len: length, Mask: bytes.Repeat([]byte{0xff}, int(length)), Xor: xor}
 }
 
 func verdict(kind expr.VerdictKind) []expr.Any { return []expr.Any{&expr.Verdict{Kind: kind}} }

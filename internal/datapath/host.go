@@ -287,34 +287,6 @@ func (l *links) routes(ctx context.Context, table int) ([]netlink.Route, error) 
 	return routes, nil
 }
 
-// Bridged lists the subnets of the host's bridges that others made for
-// containers or virtual machines: not ours, and leading to no LAN, as far as that
-// was known at the last repair.
-func (k *Kernel) Bridged(ctx context.Context) ([]netip.Prefix, error) {
-	bridges, err := k.links.dumps.ofKind(ctx, "bridge")
-	if err != nil {
-		return nil, fmt.Errorf("list bridges: %w", err)
-	}
-	addrs, err := k.links.addressesOf(ctx)
-	if err != nil {
-		return nil, err
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	var out []netip.Prefix
-	for _, b := range bridges {
-		if b.ours() || slices.Contains(k.uplinks, b.name) {
-			continue
-		}
-		for _, p := range addrs[b.index] {
-			if !p.IsSingleIP() && occupies(p) {
-				out = append(out, p.Masked())
-			}
-		}
-	}
-	return slices.Compact(sortedPrefixes(out)), nil
-}
-
 // Addressed lists the subnets that the host has addresses of, by interface: not
 // those of our own links.
 func (k *Kernel) Addressed(ctx context.Context) (map[string][]netip.Prefix, error) {

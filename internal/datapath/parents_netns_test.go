@@ -44,9 +44,8 @@ func lanNetwork() State {
 			{Link: "wfsnet", To: lanAddr("2001:db8:1::5"), MAC: mac(5), From: "lan0"},
 		},
 		Elements: []Element{{Set: SetOwn, Link: "wfsnet"}, {Set: SetAttached, Link: "wfsnet", Net: prefix("192.0.2.5/32")},
-			{Set: SetAccess, Link: "wfsnet", Net: prefix("192.0.2.5/32")},
-			{Set: SetNear, Net: prefix("10.7.0.0/24"), To: lanAddr("192.0.2.5")},
-			{Set: SetNear, Net: prefix("fd07::/64"), To: lanAddr("2001:db8:1::5")}},
+			{Set: SetNear, Net: prefix("192.0.2.10/32"), To: lanAddr("192.0.2.5")},
+			{Set: SetNear, Net: prefix("2001:db8:1::10/128"), To: lanAddr("2001:db8:1::5")}},
 	}
 }
 

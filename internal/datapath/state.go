@@ -228,8 +228,7 @@ const (
 	SetSwitched   Set = "switched"   // Link: a bridge that the host neither routes nor has an address on; its frames are not tracked
 	SetTunnels    Set = "tunnels"    // Port: UDP port of tunnels, whose packets are not tracked
 	SetOwn        Set = "own"        // Link: the host's own sub-interface
-	SetAccess     Set = "access"     // Link, Net (host): an endpoint that may open connections to containers on bridges of ours, and answer those on others'; Link is where it comes in
-	SetNear       Set = "near"       // Net, To: subnet of the host's bridges and endpoint that knows the way back to it; the source address is kept
+	SetNear       Set = "near"       // Net (host), To: address of the host and endpoint that knows the way back to it; the source address is kept
 )
 
 // Element is one entry of a set of the nftables table. Only the fields named
