@@ -120,7 +120,7 @@ func ipvlanTable() []group {
 				w.foreign("bridged", "--subnet", net3)
 				w.network("own", "--subnet", net1)
 				w.all(
-					func() { w.run("gamma", "--network", "own") },
+					func() { w.run("gamma", "--network", "own", "-p", "8091:80") },
 					func() { w.run("third", "--network", "bridged") },
 				)
 				pair(w)
@@ -131,9 +131,9 @@ func ipvlanTable() []group {
 				{name: "from the host, IPv6", ask: dial("host", "tcp", "alpha6:80"), want: "alpha sees host"},
 				{name: "to the host", ask: dial("alpha", "tcp", "host:7000"), want: "host sees alpha"},
 				{name: "to the host, IPv6", ask: dial("alpha", "tcp", "host6:7000"), want: "host sees alpha"},
-				{name: "from a bridged container", ask: dial("gamma", "tcp", "alpha:80"), want: "alpha sees gamma"},
-				{name: "to a bridged container", ask: dial("alpha", "tcp", "gamma:80"), want: "gamma sees alpha"},
-				{name: "from a container on the engine's bridge", ask: dial("third", "tcp", "alpha:80"), want: "alpha sees third"},
+				{name: "from a bridged container", ask: dial("gamma", "tcp", "alpha:80"), want: "alpha sees hop"},
+				{name: "to a bridged container, published", ask: dial("alpha", "tcp", "host:8091"), want: "gamma sees alpha"},
+				{name: "from a container on the engine's bridge", ask: dial("third", "tcp", "alpha:80"), want: "alpha sees hop"},
 				{name: "to the LAN", ask: dial("alpha", "tcp", "client:7000"), want: "client sees alpha"},
 				{name: "from the LAN", ask: dial("client", "tcp", "alpha:80"), want: "alpha sees client"},
 				{name: "one MAC for the container", ask: arping("client", "198.51.100.160"), want: cardMAC(host4)},

@@ -1,0 +1,64 @@
+//go:build e2e
+
+package e2e
+
+import "testing"
+
+// checkBoth has containers on a LAN network that the host has access to and on a
+// bridge or a second LAN network, connected while they run and before, in either
+// order, and started again. The engine refuses an interface whose subnet a route in
+// the container leads into, and the kernel the same route twice.
+func checkBoth(t *testing.T, w *world) {
+	t.Helper()
+	e := w.e
+	// In none of the networks' subnets, as of what the LAN's router advertises.
+	const beside6 = "2001:db8:77::10"
+	e.net(t, "ip", "addr", "add", beside6+"/64", "dev", "lan0", "nodad")
+	w.learn("beside6", beside6)
+	// Known to the container only while no other network is on the parent.
+	w.run("first", "--network", "lan")
+	w.look()
+	w.check("", probe{name: "to an address beside the subnet", ask: dial("first", "tcp", "beside6:7000", "-wait", "5s"), want: "host sees first"})
+	w.network("lan2", "--subnet", "203.0.113.0/24", "--gateway", "203.0.113.1", "--ipv6", "--subnet", "2001:db8:9::/64", "--gateway", "2001:db8:9::1",
+		"-o", "mode=macvlan", "-o", "parent=lan0", "-o", "host_access=true", "-o", "probe=false")
+	w.all(
+		func() {
+			w.run("second", "--network", "bridged")
+			e.must(t, "network", "connect", "lan", "second")
+		},
+		func() {
+			w.run("third", "--network", "lan")
+			e.must(t, "network", "connect", "theirs", "third")
+		},
+		func() { e.must(t, "network", "connect", "lan2", "first") },
+	)
+	probes := []probe{
+		{name: "host, bridge first", ask: dial("host", "tcp", "second@lan:80", "-wait", "5s"), want: "second sees host"},
+		{name: "host, bridge first, IPv6", ask: dial("host", "tcp", "second@lan6:80"), want: "second sees host"},
+		{name: "to the host, bridge first", ask: dial("second", "tcp", "host:7000"), want: "host sees second@lan"},
+		{name: "LAN, bridge first", ask: dial("client", "tcp", "second@lan:80"), want: "second sees client"},
+		{name: "its own bridge, bridge first", ask: dial("gamma", "tcp", "second@bridged:80"), want: "second sees gamma"},
+		{name: "to its own bridge, bridge first", ask: dial("second", "tcp", "gamma:80"), want: "gamma sees second@bridged"},
+		{name: "host, LAN first", ask: dial("host", "tcp", "third@lan:80", "-wait", "5s"), want: "third sees host"},
+		{name: "host, LAN first, IPv6", ask: dial("host", "tcp", "third@lan6:80"), want: "third sees host"},
+		{name: "LAN, LAN first", ask: dial("client", "tcp", "third@lan6:80"), want: "third sees client"},
+		{name: "to the engine's bridge, LAN first", ask: dial("third", "tcp", "delta:80"), want: "delta sees third@theirs"},
+		{name: "host, two LANs", ask: dial("host", "tcp", "first@lan:80", "-wait", "5s"), want: "first sees host"},
+		{name: "to the host, two LANs", ask: dial("first", "tcp", "host6:7000"), want: "host sees first@lan"},
+		{name: "host, two LANs, by the second", ask: dial("host", "tcp", "first@lan2:80"), want: "first sees hop"},
+	}
+	w.look()
+	w.settle()
+	w.learnHop()
+	w.check("connected while running: ", probes...)
+	e.must(t, "restart", "-t", "0", "first", "second", "third")
+	w.look()
+	w.settle()
+	w.check("started on both: ", probes...)
+	e.must(t, "rm", "-f", "first", "second", "third")
+	e.must(t, "network", "rm", "lan2")
+	w.boxes = w.boxes[:len(w.boxes)-3]
+	w.nets = w.nets[:len(w.nets)-1]
+	e.net(t, "ip", "addr", "del", beside6+"/64", "dev", "lan0")
+	w.learnHop() // that of lan is the only one again
+}
