@@ -62,6 +62,27 @@ var defaultPools4 = []PoolRange{
 	{netip.MustParsePrefix("192.168.0.0/16"), 24},
 }
 
+// swarmPools4 are the same for the networks of a swarm, which the host cannot see
+// in its routes: those of another weft on it come from the other end, and so do
+// those of the engine's own overlay.
+var swarmPools4 = []PoolRange{
+	{netip.MustParsePrefix("10.128.0.0/9"), 24},
+	{netip.MustParsePrefix("192.168.0.0/16"), 24},
+	{netip.MustParsePrefix("172.16.0.0/12"), 24},
+	{netip.MustParsePrefix("10.0.0.0/9"), 24},
+}
+
+// ForSwarm adds the default IPv4 ranges of a swarm's networks where there is no
+// IPv4 range.
+func ForSwarm(ranges []PoolRange) []PoolRange {
+	for _, r := range ranges {
+		if r.Prefix.Addr().Is4() {
+			return ranges
+		}
+	}
+	return append(ranges, swarmPools4...)
+}
+
 // ulaSize is the prefix length of pools in our own RFC 4193 prefix.
 const ulaSize = 64
 

@@ -23,6 +23,10 @@ const (
 // defaultGrace is how long what leads to a silent host stays.
 const defaultGrace = 10 * time.Minute
 
+// swarmPort is the default of GOSSIP_PORT with SCOPE=global, so that a plugin for
+// a swarm's networks and one for local networks with PEERS run side by side.
+const swarmPort = overlay.GossipPort + 1
+
 // identity is what other hosts know this one by, and its name for people.
 func identity(ctx context.Context, p *parts) (id, name string, err error) {
 	if id, err = overlay.Identity(ctx, p.weft); err != nil {
@@ -48,6 +52,9 @@ func newCluster(ctx context.Context, s settings, p *parts, log *logrus.Logger) (
 		join.Keys = [][]byte{overlay.Key(s.secret)}
 	}
 	grace, port := defaultGrace, uint64(overlay.GossipPort)
+	if s.scope == scopeGlobal {
+		port = swarmPort
+	}
 	if s.grace != "" {
 		if grace, err = time.ParseDuration(s.grace); err != nil || grace < time.Second {
 			return nil, fmt.Errorf("setting GRACE: %q is not a time: write it as 10m", s.grace)

@@ -44,6 +44,7 @@ type daemon struct {
 
 // parts are what a recovered daemon consists of.
 type parts struct {
+	lock      *datapath.Lock
 	weft, run *store.Bolt
 	kernel    *datapath.Kernel
 	driver    *driver.Driver
@@ -136,6 +137,9 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if err != nil {
 		return nil, fmt.Errorf("setting POOLS: %w", err)
 	}
+	if s.scope == scopeGlobal {
+		pools = ipam.ForSwarm(pools)
+	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return nil, fmt.Errorf("find out which boot this is: %w", err)
@@ -147,6 +151,10 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 			p = nil
 		}
 	}()
+	about := fmt.Sprintf("socket %s, state %s", s.socket, s.state)
+	if p.lock, err = datapath.Acquire(ctx, log, s.instance, about); err != nil {
+		return p, err
+	}
 	if err := os.MkdirAll(s.state, 0o700); err != nil {
 		return p, fmt.Errorf("make the directory of the state: %w", err)
 	}
@@ -156,7 +164,10 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if p.run, err = store.OpenBoot(filepath.Join(s.state, "run.db"), strings.TrimSpace(string(boot))); err != nil {
 		return p, err
 	}
-	if p.kernel, err = datapath.New(datapath.Config{Log: log}); err != nil {
+	if err := ownState(ctx, p.weft, s, log); err != nil {
+		return p, err
+	}
+	if p.kernel, err = datapath.New(datapath.Config{Instance: s.instance, Log: log}); err != nil {
 		return p, err
 	}
 	if s.store.Endpoints != "" {
@@ -206,6 +217,39 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	return p, p.ipam.Load(ctx)
 }
 
+// instanceKey is the record that says whose a state is.
+const instanceKey = "instance"
+
+// ownState refuses a state that is another instance's as long as something of
+// that is in the kernel: nobody would look after it any more.
+func ownState(ctx context.Context, db *store.Bolt, s settings, log *logrus.Logger) error {
+	r, err := db.Get(ctx, instanceKey)
+	if err != nil && !errors.Is(err, store.ErrNotFound) {
+		return err
+	}
+	before := string(r.Value)
+	if before == s.instance {
+		return nil
+	}
+	if before != "" {
+		k, err := datapath.New(datapath.Config{Instance: before, Log: log})
+		if err != nil {
+			return err
+		}
+		defer k.Close()
+		have, err := k.Owned(ctx)
+		if err != nil {
+			return err
+		}
+		if n := have.Links(); n > 0 {
+			return fmt.Errorf("setting INSTANCE=%s: the state in %s is that of instance %s, which has %d links on this host: set INSTANCE=%s again, or remove them with `weft uninstall -instance %s`",
+				s.instance, s.state, before, n, before, before)
+		}
+	}
+	_, err = db.Put(ctx, store.Record{Key: instanceKey, Value: []byte(s.instance), Rev: r.Rev})
+	return err
+}
+
 // close lets go of files and sockets; nothing in the kernel changes.
 func (p *parts) close() error {
 	var errs []error
@@ -219,6 +263,9 @@ func (p *parts) close() error {
 		if s != nil {
 			errs = append(errs, s.Close())
 		}
+	}
+	if p.lock != nil {
+		p.lock.Close()
 	}
 	return errors.Join(errs...)
 }
@@ -238,7 +285,7 @@ func (d *daemon) status(ctx context.Context, _ []byte) (any, error) {
 	d.mu.Lock()
 	p, err := d.parts, d.err
 	d.mu.Unlock()
-	doc := document{Version: version, Commit: commit, Phase: recovering}
+	doc := document{Version: version, Commit: commit, Instance: d.settings.instance, Phase: recovering}
 	doc.Networks, doc.Endpoints, doc.Drift.Repaired = []driver.NetworkStatus{}, []driver.EndpointStatus{}, []string{}
 	doc.Pools = []ipam.PoolStatus{}
 	doc.Cluster = overlay.Status{Peers: []overlay.Peer{}, Conflicts: []string{}}

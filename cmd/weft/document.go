@@ -24,10 +24,11 @@ const (
 // document is the plugin's answer to `weft status`, and what --json prints.
 // Its form is stable: fields are added, never renamed.
 type document struct {
-	Version string `json:"version"`
-	Commit  string `json:"commit"`
-	Phase   string `json:"phase"`
-	Error   string `json:"error,omitempty"` // why it failed
+	Version  string `json:"version"`
+	Commit   string `json:"commit"`
+	Instance string `json:"instance"` // setting INSTANCE
+	Phase    string `json:"phase"`
+	Error    string `json:"error,omitempty"` // why it failed
 	driver.Status
 	Pools   []ipam.PoolStatus `json:"pools"`
 	Cluster overlay.Status    `json:"cluster"`
@@ -37,7 +38,11 @@ type document struct {
 func (d document) print(w io.Writer, words []string) error {
 	all := len(words) == 0
 	if all || d.Phase != serving {
-		if _, err := fmt.Fprintf(w, "weft %s: %s\n", d.Version, d.Phase); err != nil {
+		name := d.Version
+		if d.Instance != "" {
+			name += ", instance " + d.Instance
+		}
+		if _, err := fmt.Fprintf(w, "weft %s: %s\n", name, d.Phase); err != nil {
 			return err
 		}
 	}

@@ -5,16 +5,19 @@ import (
 	"flag"
 	"fmt"
 	"path/filepath"
+	"strings"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/weftnet/weft/internal/admin"
+	"github.com/weftnet/weft/internal/datapath"
 	"github.com/weftnet/weft/internal/plugin"
 	"github.com/weftnet/weft/internal/store"
 )
 
 const (
+	// Of the default instance; those of others have "-" and its name in them.
 	defaultState  = "/var/lib/weft"
 	defaultSocket = "/run/docker/plugins/weft.sock"
 	adminSocket   = "admin.sock" // inside the state's directory
@@ -22,7 +25,7 @@ const (
 
 // settings are what `weft serve` can be told.
 type settings struct {
-	logLevel, pools, scope                     string
+	logLevel, pools, scope, instance           string
 	peers, secret, underlay, grace, gossipPort string
 	store                                      store.EtcdConfig // none without Endpoints
 	state, socket                              string
@@ -36,10 +39,11 @@ func (p program) serve(ctx context.Context, args []string) error {
 	fs.StringVar(&s.logLevel, "log-level", p.env("LOG_LEVEL"), "panic, fatal, error, warn, info, debug or trace (LOG_LEVEL; default info)")
 	fs.StringVar(&s.pools, "pools", p.env("POOLS"), "where automatic subnets come from: cidr:size,... (POOLS; default: private ranges that the host does not use)")
 	fs.StringVar(&s.scope, "scope", p.env("SCOPE"), "local, or global for networks of a whole swarm (SCOPE; default local)")
+	fs.StringVar(&s.instance, "instance", p.env("INSTANCE"), "what keeps two wefts on one host apart (INSTANCE; default local or global, by SCOPE)")
 	fs.StringVar(&s.peers, "peers", p.env("PEERS"), "other hosts of the cluster: host[:port],... (PEERS)")
 	fs.StringVar(&s.underlay, "underlay", p.env("UNDERLAY"), "interface or address that carries traffic between hosts (UNDERLAY; default: that of the default route)")
 	fs.StringVar(&s.grace, "grace", p.env("GRACE"), "how long what leads to a silent host stays (GRACE; default 10m)")
-	fs.StringVar(&s.gossipPort, "gossip-port", p.env("GOSSIP_PORT"), "port, TCP and UDP, on which hosts tell each other what they have (GOSSIP_PORT; default 7947)")
+	fs.StringVar(&s.gossipPort, "gossip-port", p.env("GOSSIP_PORT"), "port, TCP and UDP, on which hosts tell each other what they have (GOSSIP_PORT; default 7947, with SCOPE=global 7948)")
 	fs.StringVar(&s.store.Endpoints, "store", p.env("STORE"), "etcd://host:2379,... puts what hosts share into etcd, etcds:// with TLS (STORE; default: files of this host, and PEERS)")
 	fs.StringVar(&s.store.CA, "store-ca", p.env("STORE_CA"), "file with the certificates that etcd's is checked against (STORE_CA)")
 	fs.StringVar(&s.store.Cert, "store-cert", p.env("STORE_CERT"), "file with this host's certificate for etcd (STORE_CERT)")
@@ -47,8 +51,8 @@ func (p program) serve(ctx context.Context, args []string) error {
 	fs.StringVar(&s.store.User, "store-user", p.env("STORE_USER"), "user of etcd (STORE_USER)")
 	s.store.Password = p.env("STORE_PASSWORD")
 	s.secret = p.env("SECRET") // no flag: everybody on the host can read a command line
-	fs.StringVar(&s.state, "state", defaultState, "directory of the databases and of the socket for weft status")
-	fs.StringVar(&s.socket, "socket", defaultSocket, "socket on which the engine finds the plugin")
+	fs.StringVar(&s.state, "state", "", "directory of the databases and of the socket for weft status (default "+defaultState+", or "+defaultState+"-INSTANCE)")
+	fs.StringVar(&s.socket, "socket", "", "socket on which the engine finds the plugin (default "+defaultSocket+", or .../weft-INSTANCE.sock)")
 	words, err := p.parse(fs, args)
 	if err != nil {
 		return err
@@ -62,12 +66,15 @@ func (p program) serve(ctx context.Context, args []string) error {
 	if s.scope != scopeLocal && s.scope != scopeGlobal {
 		return p.wrong("setting SCOPE: %q is not %s or %s", s.scope, scopeLocal, scopeGlobal)
 	}
+	if err := s.complete(); err != nil {
+		return p.wrong("setting INSTANCE: %v", err)
+	}
 	log := p.logger(s.logLevel)
 	l, err := plugin.Listen(s.socket)
 	if err != nil {
 		return err
 	}
-	log.WithFields(logrus.Fields{"version": version, "socket": s.socket, "state": s.state}).Info("listening")
+	log.WithFields(logrus.Fields{"version": version, "instance": s.instance, "socket": s.socket, "state": s.state}).Info("listening")
 
 	d := newDaemon(s, log)
 	defer d.close()
@@ -78,6 +85,32 @@ func (p program) serve(ctx context.Context, args []string) error {
 	err = g.Wait()
 	log.Info("stopped")
 	return err
+}
+
+// complete fills in what follows from the instance. A managed plugin is told its
+// paths: each has a file system of its own.
+func (s *settings) complete() error {
+	if s.instance == "" {
+		s.instance = s.scope
+	}
+	if err := datapath.CheckInstance(s.instance); err != nil {
+		return err
+	}
+	if s.state == "" {
+		s.state = beside(defaultState, s.instance)
+	}
+	if s.socket == "" {
+		s.socket = beside(strings.TrimSuffix(defaultSocket, ".sock"), s.instance) + ".sock"
+	}
+	return nil
+}
+
+// beside is path for the default instance, and a neighbour of it for another.
+func beside(path, instance string) string {
+	if instance == datapath.DefaultInstance {
+		return path
+	}
+	return path + "-" + instance
 }
 
 // logger writes to the standard output, which the engine takes for

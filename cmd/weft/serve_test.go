@@ -21,6 +21,7 @@ import (
 	"time"
 
 	"github.com/weftnet/weft/internal/admin"
+	"github.com/weftnet/weft/internal/netnstest"
 )
 
 // asMain makes the test's own binary the command, so that a process of it can
@@ -334,4 +335,89 @@ func TestIdleMemory(t *testing.T) {
 		t.Errorf("resident: %d KiB, promised are 25 MB", kib)
 	}
 	p.stop(t)
+}
+
+// serveIn starts a process with a state of its own in the network namespace of the
+// calling thread.
+func serveIn(t *testing.T, args ...string) *process {
+	t.Helper()
+	dir := t.TempDir()
+	cmd := exec.Command(os.Args[0], append([]string{"serve", "--socket", dir + "/p.sock", "--state", dir}, args...)...)
+	cmd.Env = append(os.Environ(), asMain+"=1")
+	return startCmd(t, dir, cmd)
+}
+
+const leaveNothing = `{"NetworkID":"n","EndpointID":"e"}`
+
+// Two instances work side by side in one network namespace; a second process of
+// one of them says why it does not, until the first one ends.
+func TestServeInstances(t *testing.T) {
+	netnstest.Enter(t)
+	local, global := serveIn(t), serveIn(t, "-scope", "global")
+	local.must(t, "NetworkDriver.Leave", leaveNothing)
+	global.must(t, "NetworkDriver.Leave", leaveNothing)
+	if a, b := local.status(t).Instance, global.status(t).Instance; a != "local" || b != "global" {
+		t.Errorf("instances %q and %q", a, b)
+	}
+	twin := serveIn(t)
+	status, m := twin.call(t, "NetworkDriver.Leave", leaveNothing)
+	if text := fmt.Sprint(m["Err"]); status != 500 || !strings.Contains(text, "instance local runs already") || !strings.Contains(text, local.dir) || !strings.Contains(text, "INSTANCE=") {
+		t.Errorf("a second process of an instance: %d %v", status, m)
+	}
+	if d := twin.status(t); d.Phase != failed || !strings.Contains(d.Error, "INSTANCE=") {
+		t.Errorf("its status: %s %s", d.Phase, d.Error)
+	}
+	named := serveIn(t, "-instance", "lab")
+	named.must(t, "NetworkDriver.Leave", leaveNothing)
+	_ = local.Process.Kill()
+	<-local.ended
+	for end := time.Now().Add(20 * time.Second); twin.status(t).Phase != serving; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatal("it does not take over when the first one is gone")
+		}
+	}
+	for _, p := range []*process{global, twin, named} {
+		p.stop(t)
+	}
+}
+
+// A state whose instance has links is no other instance's.
+func TestServeStateOfAnotherInstance(t *testing.T) {
+	ns := netnstest.Enter(t)
+	dir := t.TempDir()
+	begin := func(instance string) *process {
+		cmd := exec.Command(os.Args[0], "serve", "--socket", dir+"/p.sock", "--state", dir, "--instance", instance)
+		cmd.Env = append(os.Environ(), asMain+"=1")
+		return startCmd(t, dir, cmd)
+	}
+	p := begin("one")
+	p.must(t, "NetworkDriver.CreateNetwork", `{"NetworkID":"n1","Options":{},"IPv4Data":[{"Pool":"10.7.0.0/24","Gateway":"10.7.0.1/24"}]}`)
+	p.stop(t)
+	p = begin("two")
+	status, m := p.call(t, "NetworkDriver.Leave", leaveNothing)
+	if text := fmt.Sprint(m["Err"]); status != 500 || !strings.Contains(text, "of instance one") || !strings.Contains(text, "weft uninstall -instance one") {
+		t.Errorf("the state of another: %d %v", status, m)
+	}
+	p.stop(t)
+	ns.Exec("sh", "-ec", "for l in $(ip -o link show type bridge | cut -d: -f2); do ip link del $l; done")
+	p = begin("two") // as after a reboot
+	p.must(t, "NetworkDriver.Leave", leaveNothing)
+	p.stop(t)
+}
+
+func TestInstanceDefaults(t *testing.T) {
+	for _, c := range []struct{ scope, instance, want, state, socket string }{
+		{"local", "", "local", "/var/lib/weft", "/run/docker/plugins/weft.sock"},
+		{"global", "", "global", "/var/lib/weft-global", "/run/docker/plugins/weft-global.sock"},
+		{"global", "local", "local", "/var/lib/weft", "/run/docker/plugins/weft.sock"},
+		{"local", "lab", "lab", "/var/lib/weft-lab", "/run/docker/plugins/weft-lab.sock"},
+	} {
+		s := settings{scope: c.scope, instance: c.instance}
+		if err := s.complete(); err != nil || s.instance != c.want || s.state != c.state || s.socket != c.socket {
+			t.Errorf("%+v: %v, %s, %s, %s", c, err, s.instance, s.state, s.socket)
+		}
+	}
+	if code, _, errs := weft(t, t.TempDir(), "serve", "-instance", "Two Words"); code != 2 || !strings.Contains(errs, "INSTANCE") {
+		t.Errorf("exit %d, %s", code, errs)
+	}
 }

@@ -55,15 +55,22 @@ func (p program) status(ctx context.Context, args []string) error {
 // engine keeps the state.
 func (p program) find(state string) ([]string, error) {
 	own := filepath.Join(state, adminSocket)
-	if _, err := os.Stat(own); err == nil {
+	if _, err := os.Stat(own); err == nil && state != defaultState {
 		return []string{own}, nil
+	}
+	var plain []string
+	if state == defaultState { // other instances are beside it
+		var err error
+		if plain, err = filepath.Glob(state + "*/" + adminSocket); err != nil {
+			return nil, fmt.Errorf("look for %s: %w", own, err)
+		}
 	}
 	pattern := filepath.Join(p.dataRoot, "plugins", "*", "propagated-mount", adminSocket)
 	found, err := filepath.Glob(pattern)
 	if err != nil {
 		return nil, fmt.Errorf("look for %s: %w", pattern, err)
 	}
-	if len(found) == 0 {
+	if found = append(plain, found...); len(found) == 0 {
 		hint := "is the plugin enabled? if the engine's data is elsewhere, say --socket"
 		if os.Geteuid() != 0 {
 			hint = "this has to be run as root"

@@ -342,6 +342,22 @@ func (s State) Empty() bool {
 		!s.Forward4 && !s.Forward6 && !s.Hook
 }
 
+// Links is how many links of ours are in s.
+func (s State) Links() int {
+	n := len(s.VXLANs) + len(s.Children) + len(s.Veths)
+	for _, b := range s.Bridges {
+		if !b.Existing {
+			n++
+		}
+	}
+	for _, p := range s.Parents {
+		if !p.Existing {
+			n++
+		}
+	}
+	return n
+}
+
 func bridgeKey(b Bridge) string {
 	if b.Existing {
 		return b.Name + " existing"
