@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/netip"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -186,8 +187,8 @@ func (e *engine) remains(tb testing.TB) []string {
 				}
 			}
 		}
-		if len(rules) > 1 {
-			left = append(left, fmt.Sprintf("%s: more than one rule: %q", program, rules))
+		if slices.Sort(rules); len(slices.Compact(slices.Clone(rules))) != len(rules) {
+			left = append(left, fmt.Sprintf("%s: more than one rule of an instance: %q", program, rules))
 		}
 	}
 	s, err := e.status(tb)
@@ -209,10 +210,21 @@ func (e *engine) remains(tb testing.TB) []string {
 	return left
 }
 
-// elements lists what is in the sets and maps of our nftables table.
-func (e *engine) elements(tb testing.TB) []string {
+// elements lists what is in the sets and maps of the nftables tables of all
+// instances.
+func (e *engine) elements(tb testing.TB) (all []string) {
 	tb.Helper()
-	out, err := output(e.inNet("nft", "-j", "list", "table", "inet", "weft"))
+	for l := range strings.Lines(e.net(tb, "nft", "list", "tables", "inet")) {
+		if _, name, ok := strings.Cut(strings.TrimSpace(l), "table inet "); ok && strings.HasPrefix(name, "weft") {
+			all = append(all, e.elementsOf(tb, name)...)
+		}
+	}
+	return all
+}
+
+func (e *engine) elementsOf(tb testing.TB, table string) []string {
+	tb.Helper()
+	out, err := output(e.inNet("nft", "-j", "list", "table", "inet", table))
 	if err != nil {
 		if strings.Contains(err.Error(), "No such file") {
 			return nil
