@@ -79,6 +79,8 @@ type Cluster struct {
 
 	wake chan struct{} // capacity 1: underlay or join changed
 
+	chatter chatter // over lines that others can cause
+
 	mu       sync.Mutex // over what follows
 	engine   Engine     // nil until it runs
 	underlay netip.Addr
@@ -118,7 +120,8 @@ func New(ctx context.Context, c Config) (*Cluster, error) {
 	for _, r := range list {
 		var vni uint32
 		if _, err := fmt.Sscanf(r.Key, partsKey+"%d", &vni); err != nil {
-			return nil, fmt.Errorf("record %s: not a network identifier", r.Key)
+			c.Log.Warnf("record %q is not that of a network, and not used", r.Key)
+			continue
 		}
 		x.saved[vni] = r
 	}
@@ -291,8 +294,8 @@ func (c *Cluster) Publish(n driver.Network, endpoints []driver.Endpoint) {
 		return
 	}
 	for _, k := range list {
-		if _, err := c.table.Merge(k.Part, k.Silent); err != nil {
-			c.c.Log.WithError(err).Warn("forgotten")
+		if err := c.table.Restore(k); err != nil {
+			c.c.Log.WithError(err).Warn("what was kept of another host is not believed")
 		}
 	}
 }
@@ -457,7 +460,9 @@ func (c *Cluster) after(ctx context.Context, vni uint32) {
 	}
 	c.mu.Unlock()
 	for _, line := range news {
-		c.c.Log.WithField("vni", vni).Warn(line)
+		if ok, _ := c.chatter.may(time.Now()); ok {
+			c.c.Log.WithField("vni", vni).Warn(line)
+		}
 	}
 	for _, m := range moved {
 		if err := c.c.Network.Announce(m.link, m.addr, m.mac); err != nil {

@@ -70,6 +70,8 @@ type Etcd struct {
 	EtcdConfig
 	wake chan struct{} // capacity 1: there may be something to write
 
+	chatter chatter // over lines that others can cause
+
 	mu    sync.Mutex // over what follows; held while the Table is called, not during I/O
 	ready bool       // there was a snapshot
 	// known is what the store has, as far as this host has heard.
@@ -113,9 +115,9 @@ func (e *Etcd) Ask(ctx context.Context, vni uint32) ([]Part, error) {
 	}
 	var parts []Part
 	for _, r := range list {
-		p, err := parsePart(r)
+		p, err := parsePart(r, latest(e.Table.now()))
 		if err != nil {
-			return nil, fmt.Errorf("ask for network %d: %w", vni, err)
+			continue // it is told where it is followed
 		}
 		e.mu.Lock()
 		dead := e.silence(p.Host) >= e.Table.grace
@@ -130,16 +132,17 @@ func (e *Etcd) Ask(ctx context.Context, vni uint32) ([]Part, error) {
 func partKey(p Part) string { return fmt.Sprintf("%s%d/%s", partKeys, p.VNI, p.Host) }
 
 // parsePart refuses a part that another host than its own has written.
-func parsePart(r store.Record) (p Part, err error) {
+func parsePart(r store.Record, until uint64) (p Part, err error) {
 	if err = json.Unmarshal(r.Value, &p); err == nil && partKey(p) != r.Key {
 		err = fmt.Errorf("it is about host %q and network %d", p.Host, p.VNI)
 	}
 	if err == nil {
-		err = p.check()
+		err = p.check(until)
 	}
 	if err != nil {
-		return Part{}, fmt.Errorf("record %s: %w", r.Key, err)
+		return Part{}, fmt.Errorf("record %q: %w", r.Key, err)
 	}
+	p.Name = Plain(p.Name)
 	return p, nil
 }
 
@@ -187,9 +190,9 @@ func (e *Etcd) apply(ev store.Event) {
 	}
 	if strings.HasPrefix(ev.Key, partKeys) {
 		e.part(ev)
-	} else if id, ok := strings.CutPrefix(ev.Key, aliveKeys); ok && id != e.Table.self {
+	} else if id, ok := strings.CutPrefix(ev.Key, aliveKeys); ok && id != e.Table.self && isID(id) {
 		e.heard(id, string(ev.Value), !ev.Deleted)
-	} else if id, ok := strings.CutPrefix(ev.Key, silentKeys); ok && id != e.Table.self && !ev.Deleted {
+	} else if id, ok := strings.CutPrefix(ev.Key, silentKeys); ok && id != e.Table.self && isID(id) && !ev.Deleted {
 		e.silent(id, ev.Value)
 	}
 }
@@ -210,7 +213,7 @@ func (e *Etcd) heard(id, name string, there bool) {
 func (e *Etcd) silent(id string, value []byte) {
 	t, err := time.Parse(time.RFC3339, string(value))
 	if err != nil {
-		e.Log.WithError(err).Warnf("record %s%s is not a time", silentKeys, id)
+		e.complain(fmt.Errorf("record %q is not a time: %w", silentKeys+id, err))
 		return
 	}
 	if old, ok := e.since[id]; e.isAlive(id) || ok && old.Before(t) {
@@ -231,8 +234,8 @@ func (e *Etcd) part(ev store.Event) {
 		p = Part{Host: old.Host, Name: old.Name, VNI: old.VNI, Gone: true}
 	} else {
 		var err error
-		if p, err = parsePart(ev.Record); err != nil {
-			e.Log.WithError(err).Warn("what another host says is not understood")
+		if p, err = parsePart(ev.Record, latest(e.Table.now())); err != nil {
+			e.complain(err)
 			return
 		}
 	}
@@ -266,7 +269,17 @@ func (e *Etcd) silence(id string) time.Duration {
 }
 
 // merge tells the Table; mu is held.
-func (e *Etcd) merge(p Part) { _, _ = e.Table.Merge(p, e.silence(p.Host)) } // it was checked
+func (e *Etcd) merge(p Part) {
+	if _, err := e.Table.Merge(p, e.silence(p.Host)); err != nil {
+		e.complain(err)
+	}
+}
+
+func (e *Etcd) complain(err error) {
+	if ok, _ := e.chatter.may(time.Now()); ok {
+		e.Log.WithError(err).Warn("what another host says is not taken over")
+	}
+}
 
 func (e *Etcd) mergeIf(f func(Part) bool) {
 	for _, p := range e.parts {

@@ -103,7 +103,9 @@ func (g *Gossip) tell() {
 	g.news = nil
 	g.mu.Unlock()
 	for _, line := range news {
-		g.log.Info(line)
+		if g.may() {
+			g.log.Info(line)
+		}
 	}
 }
 
@@ -240,7 +242,7 @@ func (g *Gossip) compose(id string, p *peer, own []own, now time.Time) (m messag
 	for _, o := range own {
 		vni, d := o.part.VNI, p.parts[o.part.VNI]
 		switch {
-		case o.part.Gone && d == nil, !o.part.Gone && !has[vni], d != nil && d.done >= o.part.Version:
+		case o.part.Gone && d == nil, !o.part.Gone && !has[vni], d != nil && d.done == o.part.Version:
 			continue
 		case d == nil:
 			d = &delivery{}
@@ -283,9 +285,11 @@ func (g *Gossip) receive(m message) {
 	if m.From == g.id {
 		return
 	}
+	refused := map[partID]bool{} // they are not confirmed: what is wrong, a clock, may be mended
 	for _, k := range m.Parts {
-		if _, err := g.table.Merge(k.Part, k.Silent); err != nil && g.once("part "+m.From) {
-			g.log.Warnf("host ID %s says what makes no sense: %v", m.From, err)
+		if _, err := g.table.Merge(k.Part, k.Silent); err != nil {
+			refused[partID{k.Part.Host, k.Part.VNI}] = true
+			g.refuse(m, err)
 		}
 	}
 	g.mu.Lock()
@@ -306,15 +310,16 @@ func (g *Gossip) receive(m message) {
 	p.dirty = true
 	for _, k := range m.Parts {
 		vni := k.Part.VNI
-		switch k.Part.Host {
-		case m.From:
+		switch {
+		case refused[partID{k.Part.Host, vni}]:
+		case k.Part.Host == m.From:
 			if held, ok := g.table.part(m.From, vni); ok {
 				p.ack(vni, held.Version)
 			} else {
 				p.ack(vni, k.Part.Version) // it is of no use here
 			}
-		case g.id:
-			p.part(vni).done = k.Part.Version
+		case k.Part.Host == g.id:
+			g.confirm(p, ack{vni, k.Part.Version})
 		}
 	}
 	for _, a := range m.Acks {
@@ -336,11 +341,22 @@ func (g *Gossip) receive(m message) {
 	wake(g.wake)
 }
 
+// partID is what a part is about.
+type partID struct {
+	host string
+	vni  uint32
+}
+
+// mostAcks is how many go into one message; what is not confirmed comes again.
+const mostAcks = 4096
+
 func (p *peer) ack(vni uint32, version uint64) {
 	if p.acks == nil {
 		p.acks = map[uint32]uint64{}
 	}
-	p.acks[vni] = version
+	if len(p.acks) < mostAcks {
+		p.acks[vni] = version
+	}
 }
 
 func (p *peer) part(vni uint32) *delivery {
@@ -357,13 +373,14 @@ func (g *Gossip) confirm(p *peer, a ack) {
 		delete(p.parts, a.VNI)
 		return
 	}
-	d := p.part(a.VNI)
-	d.done, d.tries, d.next = max(d.done, a.Version), 0, time.Time{}
-	if a.Version > mine.Version && a.Version <= latest {
+	if a.Version > mine.Version {
 		// It has one from before this host forgot it. Whatever that says, ours
 		// must become later.
 		_, _ = g.table.Merge(Part{Host: g.id, Name: g.name, VNI: a.VNI, Version: a.Version, Gone: true}, 0)
+		return // it has not got what comes after
 	}
+	d := p.part(a.VNI)
+	d.done, d.tries, d.next = a.Version, 0, time.Time{}
 }
 
 // answered takes a peer off what it was asked; mu is held.

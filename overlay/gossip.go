@@ -84,6 +84,8 @@ type Gossip struct {
 
 	listen func(context.Context, netip.AddrPort) (memberlist.NodeAwareTransport, error)
 
+	chatter chatter // over lines that others can cause
+
 	wake chan struct{} // capacity 1: there may be something to send
 	more chan struct{} // capacity 1: there are more seeds
 
@@ -96,6 +98,7 @@ type Gossip struct {
 	questions map[*question]bool
 	said      map[string]time.Time // when a line that is not repeated was logged
 	news      []string             // to be logged when no lock is held
+	troubles  map[string]*Trouble  // by what they are about
 	seeds     map[string]*seed
 	strangers map[netip.AddrPort]time.Time // who is no member and talks to us; when it was last tried
 }
@@ -128,7 +131,7 @@ func NewGossip(c GossipConfig) (*Gossip, error) {
 		table: c.Table, id: c.ID, name: c.Name, bind: netip.AddrPortFrom(c.Bind, c.Port), store: c.Store, log: c.Log,
 		listen: listen, wake: make(chan struct{}, 1), more: make(chan struct{}, 1),
 		peers: map[string]*peer{}, twins: map[string]twin{}, questions: map[*question]bool{},
-		said: map[string]time.Time{}, seeds: map[string]*seed{}, strangers: map[netip.AddrPort]time.Time{},
+		said: map[string]time.Time{}, seeds: map[string]*seed{}, strangers: map[netip.AddrPort]time.Time{}, troubles: map[string]*Trouble{},
 	}
 	if b := (delegate{g}).NodeMeta(0); len(b) > memberlist.MetaMaxSize {
 		return nil, fmt.Errorf("host name %q is too long", c.Name)
@@ -201,7 +204,7 @@ func (g *Gossip) create(ctx context.Context) (*memberlist.Memberlist, error) {
 	c.TCPTimeout = streamTime
 	c.Keyring = g.ring
 	c.EnableCompression = false // it allocates 64 kB for each packet, to save little of ours
-	c.Delegate, c.Events = delegate{g}, delegate{g}
+	c.Delegate, c.Events, c.Alive = delegate{g}, delegate{g}, delegate{g}
 	c.LogOutput = lines{g}
 	// Its news reach most members but not surely all; more repetitions, and the
 	// exchange of everything, see to the rest. With more than 32 hosts memberlist
@@ -228,8 +231,11 @@ func (g *Gossip) create(ctx context.Context) (*memberlist.Memberlist, error) {
 func memberName(id string, a netip.Addr) string { return id + "@" + a.String() }
 
 func (q *question) take(m message) {
+	until := latest(time.Now())
 	for _, k := range m.Parts {
-		if k.Part.VNI == q.vni && !k.Part.Gone && k.Part.check() == nil && k.Part.Version >= q.parts[k.Part.Host].Version {
+		known, ok := q.parts[k.Part.Host]
+		if k.Part.VNI == q.vni && !k.Part.Gone && k.Part.check(until) == nil && k.Part.Version >= known.Version && (ok || len(q.parts) < mostHosts) {
+			k.Part.Name = Plain(k.Part.Name)
 			q.parts[k.Part.Host] = k.Part
 		}
 	}
@@ -283,16 +289,26 @@ func (g *Gossip) Ask(ctx context.Context, vni uint32) ([]Part, error) {
 	return list, err
 }
 
-// once reports whether a line was not logged during the last hour.
+// once reports whether a line was not logged during the last hour, and may be.
 func (g *Gossip) once(line string) bool {
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	if t, ok := g.said[line]; ok && time.Since(t) < time.Hour {
+		g.mu.Unlock()
 		return false
 	}
 	if len(g.said) >= 256 { // whoever can send packets can invent addresses
 		clear(g.said)
 	}
 	g.said[line] = time.Now()
-	return true
+	g.mu.Unlock()
+	return g.may()
+}
+
+// may bounds the lines that others can cause. mu is not held.
+func (g *Gossip) may() bool {
+	ok, dropped := g.chatter.may(time.Now())
+	if dropped > 0 {
+		g.log.Warnf("%d further lines about other hosts were not logged: there were too many at once", dropped)
+	}
+	return ok
 }

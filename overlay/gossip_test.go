@@ -1056,7 +1056,9 @@ func TestGossipFreeze(t *testing.T) {
 	}
 }
 
-// TestGossipClock: clocks that jump harm nothing.
+// TestGossipClock: clocks that jump within an hour harm nothing. What one
+// that is further ahead says is not believed, and all is as before when it is set
+// right.
 func TestGossipClock(t *testing.T) {
 	t.Parallel()
 	w := newWires()
@@ -1069,10 +1071,18 @@ func TestGossipClock(t *testing.T) {
 	for _, x := range nodes {
 		x.set(1, 1)
 	}
-	for _, jump := range []time.Duration{-24 * time.Hour, 48 * time.Hour, -72 * time.Hour} {
+	for _, jump := range []time.Duration{-25 * time.Minute, 50 * time.Minute, -50 * time.Minute} {
 		offset.Add(int64(jump))
 		logTimes(t, fmt.Sprintf("after a jump of %s", jump), churn(t, nodes, 1, 9))
 	}
+	offset.Store(int64(24 * time.Hour))
+	nodes[1].set(1, 4077)
+	within(t, 10*time.Second, "the others say that a clock is wrong", func() bool {
+		return len(nodes[0].logged("clock")) == 1 && len(nodes[0].Troubles()) == 1
+	})
+	offset.Store(0)
+	within(t, 10*time.Second, "what was said meanwhile is believed", func() bool { return nodes[0].sees(1, nodes[1], 4077) })
+	logTimes(t, "after the clock was set", churn(t, nodes, 1, 9))
 }
 
 func TestGossipOtherRelease(t *testing.T) {

@@ -91,6 +91,8 @@ func (g *Gossip) RemoveKey(key []byte) error {
 	return nil
 }
 
+const otherPassword = "it has another password, or only one of both has any: set the same SECRET on all hosts"
+
 // lines is where memberlist logs to, line by line. It is all for those who look
 // for a fault, but that a password is wrong nobody else says.
 type lines struct{ g *Gossip }
@@ -102,7 +104,13 @@ func (l lines) Write(b []byte) (int, error) {
 		line = line[i:] // the time comes before it
 	}
 	l.g.log.Debug(line)
-	if host, ok := strangerIn(line); ok && l.g.once("key "+host) {
+	host, ok := strangerIn(line)
+	if !ok {
+		return len(b), nil
+	}
+	host = Plain(host)
+	l.g.trouble(host, otherPassword)
+	if l.g.once("key " + host) {
 		l.g.log.Warnf("host %s has another password than this one, or only one of both has any; nothing is exchanged. Set the same on all hosts", host)
 	}
 	return len(b), nil

@@ -39,6 +39,7 @@ func (g delegate) NotifyMsg(b []byte) {
 	switch {
 	case errors.Is(err, errWire) && g.once("wire"):
 		g.log.Warnf("another host has another release of weft and is not understood: %v", err)
+		g.trouble("another release", "another host has a release of weft that is not understood here: "+err.Error())
 	case err != nil:
 		g.log.Debugf("gossip: %v", err)
 	default:
@@ -63,6 +64,31 @@ func (g delegate) LocalState(bool) []byte {
 
 // MergeRemoteState is part of memberlist.Delegate.
 func (g delegate) MergeRemoteState(b []byte, _ bool) { g.NotifyMsg(b) }
+
+// mostNodes is how many members one host has: one for each address that it had
+// not long ago.
+const mostNodes = 8
+
+// NotifyAlive is part of memberlist.AliveDelegate. memberlist keeps whoever it is
+// told of, and forgets them only after a while.
+func (g delegate) NotifyAlive(n *memberlist.Node) error {
+	m, ok := who(n)
+	if !ok {
+		return errors.New("not a host's name")
+	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	members := len(g.twins)
+	for _, p := range g.peers {
+		members += len(p.nodes)
+	}
+	p := g.peers[m.Host]
+	known := p != nil && slices.ContainsFunc(p.nodes, func(o memberlist.Node) bool { return o.Name == n.Name })
+	if !known && n.Name != memberName(g.id, g.bind.Addr()) && (members >= mostHosts || p != nil && len(p.nodes) >= mostNodes) {
+		return fmt.Errorf("there are %d members already", members)
+	}
+	return nil
+}
 
 // NotifyJoin is part of memberlist.EventDelegate.
 func (g delegate) NotifyJoin(n *memberlist.Node) {
@@ -133,8 +159,9 @@ func (g delegate) NotifyLeave(n *memberlist.Node) {
 // who reads what a member says of itself.
 func who(n *memberlist.Node) (meta, bool) {
 	var m meta
-	if json.Unmarshal(n.Meta, &m) != nil || m.Host == "" || len(m.Host) > mostID || len(m.Name) > mostName {
+	if json.Unmarshal(n.Meta, &m) != nil || !isID(m.Host) || len(m.Name) > mostName || len(n.Name) > len(m.Host)+64 {
 		return meta{}, false
 	}
+	m.Name = Plain(m.Name)
 	return m, strings.HasPrefix(n.Name, m.Host+"@")
 }

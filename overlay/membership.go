@@ -101,6 +101,9 @@ func ParseJoin(s string) (j Join, err error) {
 		if err != nil || len(k) != keyLen {
 			return Join{}, fmt.Errorf("how to join the cluster: a key is not %d bytes in hex", keyLen)
 		}
+		if len(j.Keys) == mostKeys {
+			return Join{}, fmt.Errorf("how to join the cluster: more than %d keys", mostKeys)
+		}
 		j.Keys = append(j.Keys, k)
 	}
 	j.Peers, err = ParsePeers(peers)

@@ -135,7 +135,7 @@ func decode(b []byte) (message, error) {
 	for n := r.uint32(); n > 0 && !r.short; n-- {
 		m.Parts = append(m.Parts, Known{Silent: time.Duration(r.uint64() & (1<<63 - 1)), Part: r.part()})
 	}
-	if r.short || m.From == "" || len(m.From) > mostID {
+	if r.short || !isID(m.From) {
 		return message{}, errors.New("message is damaged")
 	}
 	return m, nil

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/weftnet/weft/internal/datapath"
 )
@@ -46,19 +47,26 @@ const mostEndpoints = 1022
 // family.
 const mostSubnets = 16
 
-// latest is the highest version or claim, a nanosecond of the year 2262. What
-// comes after the highest number of all would be the lowest.
-const latest = 1<<63 - 1
+// ahead is by how much a version or claim of another host may be later than this
+// host's clock. Whatever is believed has to be outdone by the next one, so one
+// that is believed from the end of all time would be the last.
+const ahead = time.Hour
 
-// check refuses what no host of ours would say.
-func (p Part) check() error {
+// latest is the highest version or claim that is believed now.
+func latest(now time.Time) uint64 { return uint64(max(now.Add(ahead).UnixNano(), 0)) }
+
+// errAhead is returned for what is later than that.
+var errAhead = errors.New("the clocks of the two hosts differ by more than an hour")
+
+// check refuses what no host of ours would say until the time that latest gives.
+func (p Part) check(until uint64) error {
 	switch {
-	case p.Host == "" || len(p.Host) > 64 || len(p.Name) > 255:
+	case !isID(p.Host) || len(p.Name) > mostName:
 		return errors.New("part of no host")
 	case p.VNI == 0 || p.VNI > maxVNI:
 		return fmt.Errorf("part of %s: VNI %d is not one of 1 to %d", p.Host, p.VNI, maxVNI)
-	case p.Version > latest:
-		return fmt.Errorf("part of %s: version %d is not a time", p.Host, p.Version)
+	case p.Version > until:
+		return fmt.Errorf("part of %s: version %d: %w", p.Host, p.Version, errAhead)
 	case p.Gone:
 		return nil
 	case !p.VTEP.IsValid() || p.VTEP.IsUnspecified() || p.VTEP.IsMulticast() || p.VTEP.Is4In6():
@@ -69,8 +77,11 @@ func (p Part) check() error {
 		return fmt.Errorf("part of %s: %d endpoints are more than a bridge has ports", p.Host, len(p.Endpoints))
 	}
 	for _, e := range p.Endpoints {
-		if e.MAC == (datapath.MAC{}) || e.MAC[0]&1 != 0 || len(e.Addrs) > 2 || e.Claim > latest {
+		if e.MAC == (datapath.MAC{}) || e.MAC[0]&1 != 0 || len(e.Addrs) > 2 {
 			return fmt.Errorf("part of %s: endpoint %s is not one", p.Host, e.MAC)
+		}
+		if e.Claim > until {
+			return fmt.Errorf("part of %s: claim %d of endpoint %s: %w", p.Host, e.Claim, e.MAC, errAhead)
 		}
 		for _, a := range e.Addrs {
 			if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" || a.Is4In6() {
@@ -79,6 +90,11 @@ func (p Part) check() error {
 		}
 	}
 	return nil
+}
+
+// isID reports whether s can be a host's ID, which is printed as it is.
+func isID(s string) bool {
+	return s != "" && len(s) <= mostID && !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '/' })
 }
 
 // same reports whether two parts say the same, but for their versions.

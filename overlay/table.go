@@ -9,8 +9,6 @@ import (
 	"slices"
 	"sync"
 	"time"
-
-	"github.com/weftnet/weft/internal/datapath"
 )
 
 // Engine carries parts between hosts.
@@ -37,9 +35,12 @@ type Table struct {
 	mu    sync.Mutex // over what follows
 	own   map[uint32]own
 	floor uint64 // no version or claim of ours may be as low
-	hosts map[string]*host
-	dirty map[uint32]bool
-	deaf  Deafness
+	// issued is the last version or claim of ours, whatever the clock said then.
+	issued uint64
+	last   int64 // the clock, when it was last looked at
+	hosts  map[string]*host
+	dirty  map[uint32]bool
+	deaf   Deafness
 }
 
 // Deafness is why it is not known which other hosts are there, and since when.
@@ -58,8 +59,19 @@ type own struct {
 type host struct {
 	name   string
 	silent time.Time // since when; zero while it is heard
+	heard  bool      // it was, or is: not all that is known of it came by others
 	parts  map[uint32]Part
 }
+
+// What others say is bounded. Whoever is let in may say anything, and without a
+// password everybody is.
+const (
+	mostHosts     = 4096
+	mostUnheard   = 256     // of them those that others only tell of
+	mostRemote    = 1 << 16 // endpoints of one network, those of hosts that were heard
+	mostHearsay   = 1 << 12 // those of hosts that never were
+	mostWithdrawn = 256     // networks of this host that only others know of
+)
 
 // NewTable returns a table that knows only the name of this host. What leads to
 // a silent host stays for the grace time.
@@ -67,7 +79,7 @@ func NewTable(self string, grace time.Duration) *Table {
 	return &Table{
 		self: self, grace: grace, now: time.Now,
 		mine: make(chan struct{}, 1), changed: make(chan struct{}, 1),
-		own: map[uint32]own{}, hosts: map[string]*host{}, dirty: map[uint32]bool{},
+		own: map[uint32]own{}, hosts: map[string]*host{}, dirty: map[uint32]bool{}, last: time.Now().UnixNano(),
 	}
 }
 
@@ -104,8 +116,49 @@ func (t *Table) touch(vni uint32) {
 // seen. So they grow also when a clock is put back, on every host that hears of
 // the others' (a hybrid logical clock). mu is held.
 func (t *Table) tick() uint64 {
-	t.floor = max(t.floor+1, uint64(max(t.now().UnixNano(), 0)))
+	now := t.now().UnixNano()
+	t.last = max(t.last, now)
+	t.floor = max(t.floor+1, uint64(max(now, 0)))
+	t.issued = max(t.issued, t.floor)
 	return t.floor
+}
+
+// raise makes the next version or claim later than those of a part that was
+// checked; mu is held.
+func (t *Table) raise(p Part) {
+	t.floor = max(t.floor, p.Version)
+	for _, e := range p.Endpoints {
+		t.floor = max(t.floor, e.Claim)
+	}
+}
+
+// restart begins anew with versions when the clock was put back so far that
+// others, whose clock was right before, refuse those that go on; mu is held. If it
+// is wrong only now, they say which version they have, and [Table.outdo] goes on
+// after that.
+func (t *Table) restart() {
+	now := t.now()
+	back := now.UnixNano() < t.last
+	t.last = now.UnixNano()
+	if !back || t.floor <= latest(now) {
+		return
+	}
+	t.floor = 0
+	for _, o := range t.own {
+		t.put(believable(o.part, latest(now)))
+	}
+}
+
+// believable makes claims the oldest of all that other hosts would refuse: the
+// clock was wrong when they were made.
+func believable(p Part, until uint64) Part {
+	p.Endpoints = slices.Clone(p.Endpoints)
+	for i := range p.Endpoints {
+		if p.Endpoints[i].Claim > until {
+			p.Endpoints[i].Claim = 1
+		}
+	}
+	return p
 }
 
 // Claim is later than every claim that this host has seen.
@@ -121,6 +174,7 @@ func (t *Table) Set(p Part) {
 	p.Endpoints = slices.SortedFunc(slices.Values(p.Endpoints), func(a, b Endpoint) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	p = believable(p, latest(t.now()))
 	if old, ok := t.own[p.VNI]; ok && old.part.same(p) {
 		return
 	}
@@ -179,14 +233,27 @@ func (t *Table) has(vni uint32) bool {
 // that forgot it, makes the next version later than that. fresh reports whether
 // the part was taken over.
 func (t *Table) Merge(p Part, silent time.Duration) (fresh bool, err error) {
-	if err := p.check(); err != nil {
-		return false, err
-	}
+	return t.merge(p, silent, false)
+}
+
+// Restore merges what this host kept itself. It is checked as what others say:
+// a file may hold what an older release believed.
+func (t *Table) Restore(k Known) error {
+	_, err := t.merge(k.Part, k.Silent, !k.Unheard)
+	return err
+}
+
+func (t *Table) merge(p Part, silent time.Duration, heard bool) (fresh bool, err error) {
+	p.Name = Plain(p.Name)
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	t.floor = max(t.floor, p.Version)
-	for _, e := range p.Endpoints {
-		t.floor = max(t.floor, e.Claim)
+	now := t.now()
+	until := latest(now)
+	if p.Host == t.self {
+		until = max(until, t.issued) // nobody made that up
+	}
+	if err := p.check(until); err != nil {
+		return false, err
 	}
 	if p.Host == t.self {
 		t.outdo(p)
@@ -196,23 +263,59 @@ func (t *Table) Merge(p Part, silent time.Duration) (fresh bool, err error) {
 		return false, nil
 	}
 	h := t.hosts[p.Host]
-	since := t.now().Add(-max(silent, 0))
+	since := now.Add(-max(silent, 0))
 	if h != nil && !h.silent.IsZero() && since.Sub(h.silent) > onTheWay {
 		h.silent = since
 	}
 	if h == nil {
-		h = &host{name: p.Name, silent: since, parts: map[uint32]Part{}}
+		h = &host{name: p.Name, silent: since, heard: heard, parts: map[uint32]Part{}}
 	}
-	if !h.silent.IsZero() && t.now().Sub(h.silent) >= t.grace {
+	if !h.silent.IsZero() && now.Sub(h.silent) >= t.grace {
 		return false, nil
 	}
-	if old, ok := h.parts[p.VNI]; ok && old.Version >= p.Version {
+	// What is too far ahead was believed by another clock, and is no newer.
+	if old, ok := h.parts[p.VNI]; ok && old.Version >= p.Version && old.Version <= until {
 		return false, nil
 	}
+	if err := t.room(h, p); err != nil {
+		return false, err
+	}
+	t.raise(Part{Endpoints: p.Endpoints})
 	t.hosts[p.Host] = h
 	h.name, h.parts[p.VNI] = p.Name, p
 	t.touch(p.VNI)
 	return true, nil
+}
+
+// room refuses what is more than a network or a cluster can have; mu is held.
+func (t *Table) room(h *host, p Part) error {
+	if t.hosts[p.Host] == nil {
+		unheard := 0
+		for _, o := range t.hosts {
+			if !o.heard {
+				unheard++
+			}
+		}
+		if len(t.hosts) >= mostHosts || !h.heard && unheard >= mostUnheard {
+			return fmt.Errorf("part of %s: there are %d other hosts already, %d of which this one has never heard", p.Host, len(t.hosts), unheard)
+		}
+	}
+	if len(p.Endpoints) <= len(h.parts[p.VNI].Endpoints) {
+		return nil
+	}
+	most, n := mostRemote, len(p.Endpoints)
+	if !h.heard {
+		most = mostHearsay
+	}
+	for _, o := range t.hosts {
+		if o != h && o.heard == h.heard {
+			n += len(o.parts[p.VNI].Endpoints)
+		}
+	}
+	if n > most {
+		return fmt.Errorf("part of %s: network %d would have %d endpoints on other hosts, of %d at most", p.Host, p.VNI, n, most)
+	}
+	return nil
 }
 
 // onTheWay is for how long a message may have been under way. Without it, hosts
@@ -226,10 +329,22 @@ func (t *Table) outdo(p Part) {
 	switch {
 	case ok && old.Version > p.Version, ok && old.Version == p.Version && old.same(p):
 	case ok:
+		t.raise(p)
 		t.put(old)
-	case !p.Gone:
+	case !p.Gone && t.withdrawn() < mostWithdrawn:
+		t.raise(p)
 		t.put(Part{Host: t.self, Name: p.Name, VNI: p.VNI, Gone: true})
 	}
+}
+
+// withdrawn is how many networks this host says it does not have; mu is held.
+func (t *Table) withdrawn() (n int) {
+	for _, o := range t.own {
+		if o.part.Gone {
+			n++
+		}
+	}
+	return n
 }
 
 // Heard says that a host is there.
@@ -241,10 +356,17 @@ func (t *Table) Heard(id, name string) {
 	}
 	h := t.hosts[id]
 	if h == nil {
+		if len(t.hosts) >= mostHosts {
+			return
+		}
 		h = &host{parts: map[uint32]Part{}}
 		t.hosts[id] = h
 	}
-	h.name = name
+	if !h.heard {
+		h.heard = true
+		t.touchAll(h) // its claims count from now on
+	}
+	h.name = Plain(name)
 	if !h.silent.IsZero() {
 		h.silent = time.Time{}
 		t.touchAll(h)
@@ -274,6 +396,7 @@ func (t *Table) touchAll(h *host) {
 func (t *Table) Expire() (names []string) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.restart()
 	for vni, o := range t.own {
 		if o.part.Gone && t.now().Sub(o.at) >= t.grace {
 			delete(t.own, vni)
@@ -295,6 +418,8 @@ func (t *Table) Expire() (names []string) {
 type Known struct {
 	Part   Part          `json:"part"`
 	Silent time.Duration `json:"silent,omitempty"`
+	// Unheard is not passed on: it is about who tells this one.
+	Unheard bool `json:"unheard,omitempty"`
 }
 
 // Known are all parts, this host's own first.
@@ -308,7 +433,7 @@ func (t *Table) Known() []Known {
 	for _, id := range slices.Sorted(maps.Keys(t.hosts)) {
 		h := t.hosts[id]
 		for _, p := range byVNI(h.parts) {
-			list = append(list, Known{Part: p, Silent: h.quiet(t.now())})
+			list = append(list, Known{Part: p, Silent: h.quiet(t.now()), Unheard: !h.heard})
 		}
 	}
 	return list
@@ -401,146 +526,14 @@ func (t *Table) silentParts(vnis []uint32) []Known {
 	return list
 }
 
-// View is what the parts of a network mean together for this host.
-type View struct {
-	// VTEPs are the hosts that have the network: what has no single destination
-	// goes to all of them.
-	VTEPs []netip.Addr
-	// Forwards are the MAC addresses of containers on other hosts.
-	Forwards map[datapath.MAC]netip.Addr
-	// Neighbours are the addresses of containers on other hosts.
-	Neighbours map[netip.Addr]datapath.MAC
-	// Conflicts are told to people, one line each.
-	Conflicts []string
-}
-
-// claimant is an endpoint and whose it is.
-type claimant struct {
-	part     *Part
-	name     string
-	endpoint *Endpoint
-	silent   bool
-}
-
-func (c claimant) beats(o claimant) bool {
-	return cmp.Or(cmp.Compare(c.endpoint.Claim, o.endpoint.Claim), cmp.Compare(c.part.Host, o.part.Host)) > 0
-}
-
-// View works out what leads to the other hosts' endpoints of a network.
-func (t *Table) View(vni uint32) View {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	v := View{Forwards: map[datapath.MAC]netip.Addr{}, Neighbours: map[netip.Addr]datapath.MAC{}}
-	if !t.has(vni) {
-		return v
-	}
-	own := t.own[vni].part
-	byMAC, byAddr := map[datapath.MAC]claimant{}, map[netip.Addr]claimant{}
-	add := func(p *Part, name string, silent bool) {
-		for i := range p.Endpoints {
-			c := claimant{part: p, name: name, endpoint: &p.Endpoints[i], silent: silent}
-			contend(&v, byMAC, c.endpoint.MAC, c)
-			for _, a := range c.endpoint.Addrs {
-				contend(&v, byAddr, a, c)
-			}
-		}
-	}
-	add(&own, own.Name, false)
-	for _, id := range slices.Sorted(maps.Keys(t.hosts)) {
-		h := t.hosts[id]
-		p, ok := h.parts[vni]
-		if !ok || p.Gone {
-			continue
-		}
-		if err := own.fits(p); err != nil {
-			v.Conflicts = append(v.Conflicts, fmt.Sprintf("host %s has VNI %d with another %s", h.name, vni, err))
-			if p.Port != own.Port || !slices.Equal(p.Subnets, own.Subnets) {
-				continue
-			}
-		}
-		if p.VTEP != own.VTEP && !slices.Contains(v.VTEPs, p.VTEP) {
-			v.VTEPs = append(v.VTEPs, p.VTEP)
-		}
-		add(&p, h.name, !h.silent.IsZero())
-	}
-	for mac, c := range byMAC {
-		if c.part.Host != t.self {
-			v.Forwards[mac] = c.part.VTEP
-		}
-	}
-	for a, c := range byAddr {
-		if c.part.Host != t.self {
-			v.Neighbours[a] = c.endpoint.MAC
-		}
-	}
-	slices.SortFunc(v.VTEPs, netip.Addr.Compare)
-	slices.Sort(v.Conflicts)
-	v.Conflicts = slices.Compact(v.Conflicts)
-	return v
-}
-
-// contend enters a claim; the later one wins. Between two hosts that are both
-// heard that is worth a line: somebody gave one address to two containers.
-func contend[K interface {
-	comparable
-	fmt.Stringer
-}](v *View, best map[K]claimant, key K, c claimant) {
-	old, ok := best[key]
-	if !ok {
-		best[key] = c
-		return
-	}
-	win, lose := old, c
-	if c.beats(old) {
-		win, lose = c, old
-	}
-	best[key] = win
-	if win.part.Host != lose.part.Host && !win.silent && !lose.silent {
-		v.Conflicts = append(v.Conflicts, fmt.Sprintf("%s is claimed by host %s and by host %s; the later claim, that of %s, has it", key, old.name, c.name, win.name))
-	}
-}
-
-// Addresses are all addresses of a network and where they are, those of this
-// host among them.
-func (t *Table) Addresses(vni uint32) map[netip.Addr]datapath.MAC {
-	all := t.View(vni).Neighbours
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, e := range t.own[vni].part.Endpoints {
-		for _, a := range e.Addrs {
-			if _, elsewhere := all[a]; !elsewhere {
-				all[a] = e.MAC
-			}
-		}
-	}
-	return all
-}
-
-// Holder is the host, heard, that has an address of a network, if another than
-// this one has it.
-func (t *Table) Holder(vni uint32, a netip.Addr) (name string, ok bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for _, h := range t.hosts {
-		if !h.silent.IsZero() {
-			continue
-		}
-		for _, e := range h.parts[vni].Endpoints {
-			if slices.Contains(e.Addrs, a) {
-				return h.name, true
-			}
-		}
-	}
-	return "", false
-}
-
 // Peer is one other host, for people.
 type Peer struct {
 	ID       string     `json:"id"`
 	Name     string     `json:"name"`
 	VTEP     netip.Addr `json:"vtep,omitzero"`
-	Silent   time.Time  `json:"silent,omitzero"` // since when; absent while it is heard
-	Networks []uint32   `json:"networks"`        // VNIs that both hosts have
+	Unheard  bool       `json:"unheard,omitempty"` // others told of it, and this host never heard it
+	Silent   time.Time  `json:"silent,omitzero"`   // since when; absent while it is heard
+	Networks []uint32   `json:"networks"`          // VNIs that both hosts have
 }
 
 // Peers are all other hosts that are known, by name.
@@ -549,7 +542,7 @@ func (t *Table) Peers() []Peer {
 	defer t.mu.Unlock()
 	list := []Peer{}
 	for id, h := range t.hosts {
-		p := Peer{ID: id, Name: h.name, Silent: h.silent, Networks: []uint32{}}
+		p := Peer{ID: id, Name: h.name, Silent: h.silent, Unheard: !h.heard, Networks: []uint32{}}
 		for _, part := range byVNI(h.parts) {
 			if !part.Gone {
 				p.VTEP, p.Networks = part.VTEP, append(p.Networks, part.VNI)

@@ -1,8 +1,8 @@
 package overlay
 
 import (
+	"bufio"
 	"context"
-	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -13,8 +13,14 @@ import (
 )
 
 const (
-	// mostStreams is how many others may talk to this host at once over TCP.
+	// mostStreams is how many streams of others there may be at once, mostFromOne
+	// how many from one address. A host opens one to each
+	// other, one more to exchange everything, and one for each probe that no
+	// packet answers.
 	mostStreams = 128
+	mostFromOne = 8
+	// mostPacket is more than any release sends in one packet.
+	mostPacket = 2 * packet
 	// streamTime is how long one stream may take. It carries what fits into a
 	// second on any network that carries containers' traffic.
 	streamTime = 3 * time.Second
@@ -36,14 +42,9 @@ type transport struct {
 	wg      sync.WaitGroup
 
 	mu   sync.Mutex
-	open map[*stream]bool // nil after Shutdown
-}
-
-// stream is closed by the transport if by nobody else.
-type stream struct {
-	net.Conn
-	closed func()
-	left   int // bytes that may still be read
+	open map[*stream]bool   // nil after Shutdown
+	from map[netip.Addr]int // streams of others, by where they come from
+	held int                // bytes, of mostHeld
 }
 
 // listen opens the sockets of an address.
@@ -64,7 +65,7 @@ func listen(ctx context.Context, addr netip.AddrPort) (memberlist.NodeAwareTrans
 	t := &transport{
 		ctx: ctx, cancel: cancel, addr: addr, tcp: tcp, udp: udp,
 		packets: make(chan *memberlist.Packet), streams: make(chan net.Conn),
-		free: make(chan struct{}, mostStreams), open: map[*stream]bool{},
+		free: make(chan struct{}, mostStreams), open: map[*stream]bool{}, from: map[netip.Addr]int{},
 	}
 	t.wg.Go(t.receive)
 	t.wg.Go(t.accept)
@@ -77,6 +78,9 @@ func (t *transport) receive() {
 		n, from, err := t.udp.ReadFromUDPAddrPort(buf)
 		if err != nil {
 			t.pause()
+			continue
+		}
+		if n > mostPacket {
 			continue
 		}
 		p := &memberlist.Packet{Buf: append([]byte(nil), buf[:n]...), From: net.UDPAddrFromAddrPort(from), Timestamp: time.Now()}
@@ -100,7 +104,13 @@ func (t *transport) accept() {
 			t.pause()
 			continue
 		}
-		if conn, err = t.track(conn, func() { <-t.free }); err != nil {
+		source := sourceOf(conn)
+		if !t.admit(source) {
+			<-t.free
+			_ = conn.Close()
+			continue
+		}
+		if conn, err = t.track(conn, func() { t.dismiss(source); <-t.free }); err != nil {
 			continue
 		}
 		select {
@@ -120,10 +130,12 @@ func (t *transport) pause() {
 
 // track sees to it that a stream ends.
 func (t *transport) track(conn net.Conn, closed func()) (net.Conn, error) {
-	s := &stream{Conn: conn, left: mostState + 1<<20}
+	s := &stream{Conn: conn, t: t, in: bufio.NewReaderSize(conn, 1024)}
 	s.closed = sync.OnceFunc(func() {
 		t.mu.Lock()
 		delete(t.open, s)
+		t.held -= s.held
+		s.held = 0
 		t.mu.Unlock()
 		closed()
 	})
@@ -144,18 +156,28 @@ func (t *transport) track(conn net.Conn, closed func()) (net.Conn, error) {
 	return s, nil
 }
 
-func (s *stream) Read(b []byte) (int, error) {
-	if s.left == 0 {
-		return 0, errors.New("too much on one stream")
-	}
-	n, err := s.Conn.Read(b[:min(len(b), s.left)])
-	s.left -= n
-	return n, err
+// sourceOf is the address that a stream comes from.
+func sourceOf(conn net.Conn) netip.Addr {
+	a, _ := netip.ParseAddrPort(conn.RemoteAddr().String())
+	return a.Addr().Unmap()
 }
 
-func (s *stream) Close() error {
-	s.closed()
-	return s.Conn.Close()
+func (t *transport) admit(source netip.Addr) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.from[source] >= mostFromOne {
+		return false
+	}
+	t.from[source]++
+	return true
+}
+
+func (t *transport) dismiss(source netip.Addr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.from[source]--; t.from[source] <= 0 {
+		delete(t.from, source)
+	}
 }
 
 func (t *transport) DialAddressTimeout(a memberlist.Address, d time.Duration) (net.Conn, error) {

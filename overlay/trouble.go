@@ -1,0 +1,73 @@
+package overlay
+
+import (
+	"cmp"
+	"errors"
+	"maps"
+	"slices"
+	"time"
+)
+
+// Trouble is why another host is no part of the cluster, or not all of it.
+type Trouble struct {
+	Peer   string    `json:"peer"` // as the settings name it, or its address or ID
+	Reason string    `json:"reason"`
+	Since  time.Time `json:"since"`
+
+	last time.Time
+}
+
+const (
+	mostTroubles = 64
+	// troubleAge is for how long one is shown that does not show again. Hosts
+	// repeat what is not confirmed every few seconds; with several hundred of
+	// them, each tries those that are missing once in a minute.
+	troubleAge = 2 * time.Minute
+)
+
+// trouble notes one. mu is not held.
+func (g *Gossip) trouble(peer, reason string) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	now := time.Now()
+	t := g.troubles[peer]
+	if t == nil || t.Reason != reason {
+		if t == nil && len(g.troubles) >= mostTroubles {
+			return
+		}
+		t = &Trouble{Peer: peer, Reason: reason, Since: now.UTC()}
+		g.troubles[peer] = t
+	}
+	t.last = now
+}
+
+// refuse tells that something of a message was not taken over.
+func (g *Gossip) refuse(m message, err error) {
+	about := "host " + m.From
+	g.mu.Lock()
+	if p := g.peers[m.From]; p != nil && p.name != "" {
+		about = "host " + p.name
+	}
+	g.mu.Unlock()
+	g.trouble(about, err.Error())
+	if g.once("part " + m.From) {
+		hint := ""
+		if errors.Is(err, errAhead) {
+			hint = "; set the clocks of both, it is taken over then"
+		}
+		g.log.Warnf("%s says what is not taken over: %v%s", about, err, hint)
+	}
+}
+
+// Troubles are those that there are now.
+func (g *Gossip) Troubles() []Trouble {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	maps.DeleteFunc(g.troubles, func(_ string, t *Trouble) bool { return time.Since(t.last) > troubleAge })
+	var list []Trouble
+	for _, t := range g.troubles {
+		list = append(list, *t)
+	}
+	slices.SortFunc(list, func(a, b Trouble) int { return cmp.Compare(a.Peer, b.Peer) })
+	return list
+}
