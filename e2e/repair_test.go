@@ -341,6 +341,16 @@ func TestStart(t *testing.T) {
 		t.Errorf("enable took %v: the engine had to dial twice", took)
 	}
 	e.waitPlugin(t)
+	status, err := output(e.inside("cat", "/proc/"+e.pluginPID(t)+"/status"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	// Without SYS_ADMIN: DAC_OVERRIDE, NET_BIND_SERVICE, NET_ADMIN, NET_RAW.
+	for _, want := range []string{"CapBnd:\t0000000000003402", "CapPrm:\t0000000000003402", "NoNewPrivs:\t1"} {
+		if !strings.Contains(status, want) {
+			t.Errorf("the plugin's privileges: no %q in\n%s", want, status)
+		}
+	}
 	for args, words := range map[string][]string{
 		"-o com.docker.network.bridge.enable_ic=false": {"enable_ic", "enable_icc"},
 		"-o mode=brigde":  {"brigde", "bridge"},

@@ -46,7 +46,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "weft: cut off while stopping")
 		os.Exit(1)
 	})
-	os.Exit(run(ctx, os.Args[1:], program{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.Getenv, dataRoot: "/var/lib/docker"}))
+	os.Exit(run(ctx, os.Args[1:], program{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.Getenv, dataRoot: "/var/lib/docker", drop: dropPrivileges}))
 }
 
 // program is what a command has of the process around it.
@@ -54,7 +54,8 @@ type program struct {
 	in       io.Reader
 	out, err io.Writer
 	env      func(string) string
-	dataRoot string // of the engine, where a managed plugin's state is looked for
+	dataRoot string       // of the engine, where a managed plugin's state is looked for
+	drop     func() error // gives up the privileges that serve does not need; nil for not at all
 }
 
 // run is the command; it returns the exit code.

@@ -70,6 +70,11 @@ func (p program) serve(ctx context.Context, args []string) error {
 		return p.wrong("setting INSTANCE: %v", err)
 	}
 	log := p.logger(s.logLevel)
+	if p.drop != nil {
+		if err := p.drop(); err != nil {
+			log.WithError(err).Warn("going on with more privileges than needed")
+		}
+	}
 	l, err := plugin.Listen(s.socket)
 	if err != nil {
 		return err

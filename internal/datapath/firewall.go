@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
 	"time"
@@ -36,7 +35,7 @@ const (
 type firewall struct {
 	log logrus.FieldLogger
 	rs  *ruleset
-	ns  *os.File // the network namespace, for when the socket must be renewed
+	ns  *namespace // for when the socket must be renewed
 
 	mu   sync.Mutex // guards all below, and so orders the transactions
 	conn *nftables.Conn
@@ -58,7 +57,7 @@ func newFirewall(log logrus.FieldLogger, table string) (*firewall, error) {
 	if err != nil {
 		return nil, fmt.Errorf("nft table inet %s: %w", table, err)
 	}
-	ns, err := os.Open("/proc/thread-self/ns/net")
+	ns, err := threadNamespace()
 	if err != nil {
 		return nil, fmt.Errorf("nft table inet %s: %w", table, err)
 	}
@@ -94,7 +93,7 @@ func (f *firewall) dialLocked() error {
 	if f.conn != nil {
 		return nil
 	}
-	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(int(f.ns.Fd())),
+	conn, err := nftables.New(nftables.AsLasting(), nftables.WithNetNSFd(f.ns.fd()),
 		nftables.WithSockOptions(func(c *netlink.Conn) error {
 			f.sock = c
 			return errors.Join(c.SetReadBuffer(nftBuffer), c.SetWriteBuffer(nftBuffer))
@@ -123,7 +122,7 @@ func (f *firewall) close() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.hangUpLocked()
-	_ = f.ns.Close() // opened for reading only
+	f.ns.close()
 }
 
 // add puts the elements that are missing into their sets, all or none, and

@@ -52,7 +52,7 @@ func New(c Config) (_ *Kernel, err error) {
 	}
 	k := &Kernel{
 		log:        c.Log,
-		sysctl:     &sysctl{root: "/proc/sys"},
+		sysctl:     newSysctl(pluginSysctls),
 		sockets:    newSockets(c.Log),
 		hook:       newHook(c.Log, in.table),
 		resolvConf: "/etc/resolv.conf",

@@ -63,16 +63,16 @@ func (s Shortcut) table() shortcutMap {
 // its name, so that it costs the same whatever their number.
 type shortcuts struct {
 	log   logrus.FieldLogger
-	table string   // its name
-	ns    *os.File // the firewall's
-	probe string   // a link that is always there; tests have others
+	table string     // its name
+	ns    *namespace // the firewall's
+	probe string     // a link that is always there; tests have others
 
 	mu   sync.Mutex // guards what follows, and orders the transactions
 	conn *netlink.Conn
 	can  *bool // nil: not asked yet
 }
 
-func newShortcuts(log logrus.FieldLogger, table string, ns *os.File) *shortcuts {
+func newShortcuts(log logrus.FieldLogger, table string, ns *namespace) *shortcuts {
 	return &shortcuts{log: log, table: table, ns: ns, probe: "lo"}
 }
 

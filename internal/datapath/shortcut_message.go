@@ -182,7 +182,7 @@ func (b *nfBatch) named(table string, kind int, flags netlink.HeaderFlags, name 
 // dialLocked opens the socket if it is not open.
 func (s *shortcuts) dialLocked(until time.Time) error {
 	if s.conn == nil {
-		c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: int(s.ns.Fd())})
+		c, err := netlink.Dial(unix.NETLINK_NETFILTER, &netlink.Config{NetNS: s.ns.fd()})
 		if err != nil {
 			return fmt.Errorf("open netfilter socket: %w", err)
 		}

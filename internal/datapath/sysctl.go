@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 )
@@ -16,10 +15,20 @@ import (
 // sysctl reads and writes settings below /proc/sys/net. They belong to the
 // network namespace of the calling thread.
 type sysctl struct {
-	root string // "/proc/sys"
+	root string // what stands for /proc/sys
+}
 
-	mu        sync.Mutex
-	remounted bool // root was made writable by us; tried only once
+// The engine mounts /proc/sys read-only in a managed plugin, whatever the
+// plugin's privileges, and allows no mount below /proc. So plugin.json mounts
+// /proc/sys/net beside it.
+const pluginSysctls = "/sysctl"
+
+func newSysctl(mounted string) *sysctl {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(filepath.Join(mounted, "net"), &fs); err == nil && fs.Type == unix.PROC_SUPER_MAGIC {
+		return &sysctl{root: mounted}
+	}
+	return &sysctl{root: "/proc/sys"}
 }
 
 // get reads a setting, for example "net/ipv4/ip_forward".
@@ -46,14 +55,10 @@ func (s *sysctl) set(name, value string) (changed bool, err error) {
 	if err != nil || have == value {
 		return false, err
 	}
-	err = s.write(name, value)
-	if errors.Is(err, unix.EROFS) {
-		if err := s.remount(); err != nil {
-			return false, err
-		}
-		err = s.write(name, value)
-	}
-	if err != nil {
+	switch err := s.write(name, value); {
+	case errors.Is(err, unix.EROFS):
+		return false, fmt.Errorf("set sysctl %s to %s: %s is read-only; mount /proc/sys/net of the host at %s/net", name, value, s.root, pluginSysctls)
+	case err != nil:
 		return false, fmt.Errorf("set sysctl %s to %s: %w", name, value, err)
 	}
 	return true, nil
@@ -66,28 +71,6 @@ func (s *sysctl) write(name, value string) error {
 	}
 	_, err = f.WriteString(value)
 	return errors.Join(err, f.Close())
-}
-
-// remount makes /proc/sys writable in our own mount namespace: the engine
-// mounts it read-only in a managed plugin, whatever the plugin's privileges.
-func (s *sysctl) remount() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.remounted {
-		return nil
-	}
-	const rw = unix.MS_BIND | unix.MS_REMOUNT | unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
-	err := unix.Mount("", s.root, "", rw, "")
-	if errors.Is(err, unix.EINVAL) { // not a mount of its own yet
-		if err = unix.Mount(s.root, s.root, "", unix.MS_BIND, ""); err == nil {
-			err = unix.Mount("", s.root, "", rw, "")
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("make %s writable: %w", s.root, err)
-	}
-	s.remounted = true
-	return nil
 }
 
 // setting is one sysctl of a link. One of IPv6 that is not needed may be
