@@ -116,7 +116,7 @@ func TestNames(t *testing.T) {
 	has("web", "10.201.0.3", "") // passes what is reserved over
 	has("db", "10.201.0.2", "02:00:00:00:00:02", "--ip", "10.201.0.2")
 	e.must(t, "rm", "-f", "web", "db")
-	has("web", "10.201.0.4", "")
+	has("web", "10.201.0.3", "")
 	has("db", "10.201.0.2", "02:00:00:00:00:02", "--ip", "10.201.0.2")
 
 	says("10.201.0.30,02:00:00:00:00:30 of pool "+net1+" is reserved for nas", "reserve", "nas", "10.201.0.30", "02:00:00:00:00:30")

@@ -160,7 +160,7 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			p.stale.remove(gw)
 			return gw, nil // the network has its gateway already
 		}
-		a, ok := p.next(r)
+		a, ok := p.next(r, i.now())
 		if gw := p.gateway(); r.kind == kindGateway && p.shared() && gw.IsValid() && p.busy[gw] == nil {
 			a, ok = gw, true // of a host that died before all had agreed on it
 		}
@@ -188,7 +188,7 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			return netip.Addr{}, p.exhausted(r.id)
 		}
 		before := p.cursor
-		if r.kind == kindAuto {
+		if r.kind == kindAuto && p.nextFit() {
 			p.cursor = a.Next()
 		}
 		p.taken.add(a)
@@ -202,7 +202,7 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 		}
 		if err != nil && !errors.Is(err, store.ErrUncertain) {
 			p.mu.Lock()
-			if p.cursor == a.Next() && r.kind == kindAuto {
+			if p.cursor == a.Next() && r.kind == kindAuto && p.nextFit() {
 				p.cursor = before
 			}
 			p.mu.Unlock()
@@ -211,10 +211,15 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 	}
 }
 
-// next picks a free address; p.mu is held. A gateway is the first one, others
-// follow the cursor.
-func (p *pool) next(r addressRequest) (netip.Addr, bool) {
+// next picks a free address; p.mu is held: the lowest one, but for a container
+// without a name what one gave back only just now.
+func (p *pool) next(r addressRequest, now time.Time) (netip.Addr, bool) {
 	first, last := r.id.auto()
+	if r.kind == kindAuto && r.name == "" {
+		if a, ok := p.nextBack(first, last, now); ok {
+			return a, true
+		}
+	}
 	from := p.cursor
 	if r.kind == kindGateway || !from.IsValid() || from.Less(first) || last.Less(from) {
 		from = first
@@ -296,7 +301,7 @@ func (p *pool) refuse(r addressRequest) error {
 	if n := len(p.since); n > 0 {
 		free = fmt.Sprintf("%d were released only just now or are kept for a name", n)
 	}
-	if a, ok := p.next(addressRequest{id: r.id}); ok {
+	if a, ok := p.next(addressRequest{id: r.id}, time.Time{}); ok {
 		free = "next free is " + a.String()
 	}
 	why := "is in use"
@@ -344,6 +349,9 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressReques
 		b.queued = true
 		i.later(cleanup{pool: p, addr: a, busy: b})
 	case err == nil, errors.Is(err, store.ErrExists):
+		if k == kindAuto && err == nil {
+			p.chosen.add(a)
+		}
 		if k == kindGateway && err == nil {
 			p.gateways[a] = rev
 		} else if k == kindGateway && doubtful {
@@ -425,9 +433,11 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 // that fails Run goes on: the engine ignores the error and never asks again.
 func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 	err := i.home(p.poolKey).dropAddress(ctx, p.poolKey, a)
+	key := ""
 	if err == nil && p.dhcp() != "" {
-		i.unlease(ctx, p, a)
+		key = i.unlease(ctx, p, a)
 	}
+	now := i.now()
 	p.mu.Lock()
 	close(b.done)
 	if err != nil {
@@ -437,11 +447,13 @@ func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 		return err
 	}
 	if _, gateway := p.gateways[a]; !gateway {
-		p.rested(a, i.now())
+		p.rested(a, now, false)
+		p.gaveBack(back{addr: a, key: key, at: now})
 	}
 	defer i.released(ctx, p, a)
 	defer p.mu.Unlock()
 	p.taken.remove(a)
+	p.chosen.remove(a)
 	p.stale.remove(a)
 	delete(p.gateways, a)
 	delete(p.mine, a)

@@ -77,6 +77,9 @@ type IPAM struct {
 	duid   []byte                // of this host, once it was needed; guarded by changes
 	stray  map[poolKey][]*leased // of pools that are gone, to be given back; guarded by changes
 	leases chan struct{}         // holds one token: when the next lease is due may have changed
+	// Since when this process has the pools, and what was given back just before.
+	started time.Time
+	left    map[string]map[netip.Addr]string
 
 	nameless sync.Once // that the engine tells no names was logged
 
@@ -104,7 +107,12 @@ type pool struct {
 	opts   poolOptions  // as well
 	rev    uint64       // of the record; 0 when a write of it had an unknown outcome
 	taken  occupancy
-	cursor netip.Addr // where the search for the next free address starts
+	cursor netip.Addr // where the search for the next free address starts, with nextFit
+	// backs are the addresses that were given back last, in the order of that.
+	backs   []back
+	started time.Time // when this process began
+	before  addrSet   // what was taken then, and not given back since
+	chosen  addrSet   // of what is taken, what we chose
 	// gateways has the addresses that were requested as gateway, with the
 	// revisions of their records. One is usual; the newest counts.
 	gateways map[netip.Addr]uint64
@@ -366,7 +374,7 @@ func (i *IPAM) addPool(ctx context.Context, id poolID, o poolOptions) error {
 		i.returnStrays(ctx, id.poolKey)
 	}
 	p := newPool(id)
-	p.opts = o
+	p.opts, p.started = o, i.started
 	p.reserve()
 	err := i.home(id.poolKey).putPool(ctx, p)
 	switch {
@@ -525,7 +533,7 @@ func (i *IPAM) find(ctx context.Context, id poolID) (*pool, error) {
 	if o := i.overlaps(id.poolKey); o != nil {
 		return nil, fmt.Errorf("unknown pool %s: %w", id, i.inUse(id.prefix, o[0]))
 	}
-	if err := i.addPool(ctx, id, poolOptions{quarantine: defaultQuarantine, keep: -1}); err != nil {
+	if err := i.addPool(ctx, id, poolOptions{quarantine: restsFar, keep: -1}); err != nil {
 		return nil, err
 	}
 	i.log.WithField("pool", id.String()).Warn("unknown pool taken up again; addresses that its containers had before, and its options, are not known")

@@ -207,24 +207,24 @@ func TestScripts(t *testing.T) {
 			addr P -> 10.1.0.2/24
 			addr P -> 10.1.0.3/24
 			free P 10.1.0.2 -> ok
-			addr P -> 10.1.0.4/24
+			addr P -> 10.1.0.2/24
 			unpool P -> ok
 			pool local 10.1.0.0/24 -> P
 			addr P -> 10.1.0.1/24`,
-		"delayed reuse goes round": `
-			pool local 10.2.0.0/29 -> weft-local,10.2.0.0/29
-			gw weft-local,10.2.0.0/29 -> 10.2.0.1/29
-			addr weft-local,10.2.0.0/29 -> 10.2.0.2/29
-			addr weft-local,10.2.0.0/29 -> 10.2.0.3/29
-			free weft-local,10.2.0.0/29 10.2.0.2 -> ok
-			addr weft-local,10.2.0.0/29 -> 10.2.0.4/29
+		"in turn, as a swarm wants it": `
+			pool global 10.2.0.0/29 -> weft-global,10.2.0.0/29
+			gw weft-global,10.2.0.0/29 -> 10.2.0.1/29
+			addr weft-global,10.2.0.0/29 -> 10.2.0.2/29
+			addr weft-global,10.2.0.0/29 -> 10.2.0.3/29
+			free weft-global,10.2.0.0/29 10.2.0.2 -> ok
+			addr weft-global,10.2.0.0/29 -> 10.2.0.4/29
 			restart
-			addr weft-local,10.2.0.0/29 -> 10.2.0.5/29
-			addr weft-local,10.2.0.0/29 -> 10.2.0.6/29
-			addr weft-local,10.2.0.0/29 -> 10.2.0.2/29
-			addr weft-local,10.2.0.0/29 -> error: no free address left in pool 10.2.0.0/29: 6 of 6 are in use
-			free weft-local,10.2.0.0/29 10.2.0.4 -> ok
-			addr weft-local,10.2.0.0/29 -> 10.2.0.4/29`,
+			addr weft-global,10.2.0.0/29 -> 10.2.0.5/29
+			addr weft-global,10.2.0.0/29 -> 10.2.0.6/29
+			addr weft-global,10.2.0.0/29 -> 10.2.0.2/29
+			addr weft-global,10.2.0.0/29 -> error: no free address left in pool 10.2.0.0/29: 6 of 6 are in use
+			free weft-global,10.2.0.0/29 10.2.0.4 -> ok
+			addr weft-global,10.2.0.0/29 -> 10.2.0.4/29`,
 		"explicit addresses": `
 			pool local 10.1.0.0/24 sub 10.1.0.128/25 -> weft-local,10.1.0.0/24,10.1.0.128/25
 			gw S -> 10.1.0.128/24

@@ -234,7 +234,7 @@ const nameKey = "name "
 
 // identity chooses the key of a request and marks it as used; p.mu is held.
 // hint is the address that it had last.
-func (p *pool) identity(r *addressRequest) (key string, hint netip.Addr, mac MAC) {
+func (p *pool) identity(r *addressRequest, now time.Time) (key string, hint netip.Addr, mac MAC) {
 	if r.name != "" {
 		key = nameKey + r.name
 		if p.keys[key] {
@@ -249,6 +249,10 @@ func (p *pool) identity(r *addressRequest) (key string, hint netip.Addr, mac MAC
 		if b := p.byName[r.name]; b != nil {
 			hint = b.Address
 		}
+		p.keys[key] = true
+		return key, hint, mac
+	}
+	if key, ok := p.keyBack(now); ok {
 		p.keys[key] = true
 		return key, hint, mac
 	}
@@ -278,7 +282,7 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 		return netip.Prefix{}, p.othersName(r.want, owner)
 	}
 	lost := p.expire(i.now())
-	key, hint, mac := p.identity(&r)
+	key, hint, mac := p.identity(&r, i.now())
 	_, reserved := p.reservation(r.name)
 	p.mu.Unlock()
 	i.forgetNames(ctx, p, lost)
@@ -450,13 +454,14 @@ func (i *IPAM) putLease(ctx context.Context, p *pool, l *leased) error {
 }
 
 // unlease ends the lease of an address that was just freed: it is given back,
-// unless a name is to have it again. The address is still busy.
-func (i *IPAM) unlease(ctx context.Context, p *pool, a netip.Addr) {
+// unless a name is to have it again. The address is still busy. It returns whose
+// it was, if that was a station without a name.
+func (i *IPAM) unlease(ctx context.Context, p *pool, a netip.Addr) (key string) {
 	p.mu.Lock()
 	l := p.leased[a]
 	p.mu.Unlock()
 	if l == nil {
-		return
+		return ""
 	}
 	p.endExtension(l)
 	p.mu.Lock()
@@ -476,6 +481,10 @@ func (i *IPAM) unlease(ctx context.Context, p *pool, a netip.Addr) {
 	if !l.asking && !slices.ContainsFunc(slices.Collect(maps.Values(p.leased)), another) {
 		delete(p.keys, l.Key)
 	}
+	if strings.HasPrefix(l.Key, nameKey) {
+		return ""
+	}
+	return l.Key
 }
 
 // keeps reports whether the name that a lease is for is to have the address again,
@@ -785,8 +794,8 @@ func (l *leased) least() time.Duration {
 	return min(extendPause, max(l.Lease.Valid/leaseFraction, time.Second))
 }
 
-// squat notes that a station of the LAN has a leased address, for when it is
-// freed.
+// squat notes that a station of the LAN has an address, for when it is freed: a
+// lease is declined, another address is not tried again for a while.
 func (i *IPAM) squat(id poolID, a netip.Addr) {
 	p := i.pool(id.poolKey)
 	if p == nil {
@@ -796,5 +805,8 @@ func (i *IPAM) squat(id poolID, a netip.Addr) {
 	defer p.mu.Unlock()
 	if l := p.leased[a]; l != nil {
 		l.squatted = true
+	}
+	if p.dhcp() == "" && !p.reserved(a) && p.byAddr[a] == nil {
+		p.restIn(&p.quarantined, release{a, i.now()})
 	}
 }

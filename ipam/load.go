@@ -19,6 +19,10 @@ func (i *IPAM) Load(ctx context.Context) error {
 	if i.ready() == nil {
 		return nil
 	}
+	i.started = i.now()
+	if err := i.loadBack(ctx); err != nil {
+		return err
+	}
 	pools := map[poolKey]*pool{}
 	list, err := i.store.List(ctx, poolPrefix)
 	if err != nil {
@@ -46,6 +50,7 @@ func (i *IPAM) Load(ctx context.Context) error {
 			return fmt.Errorf("record %s: %w", r.Key, err)
 		}
 		p.reserve()
+		i.recall(p)
 		pools[id.poolKey] = p
 	}
 	holders, err := i.loadAddresses(ctx, pools)
@@ -88,6 +93,10 @@ func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) (map[
 			continue
 		}
 		p.taken.add(a)
+		p.before.add(a)
+		if rec.Kind == kindAuto {
+			p.chosen.add(a)
+		}
 		if holders[p] == nil {
 			holders[p] = map[netip.Addr]string{}
 		}
@@ -96,7 +105,7 @@ func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) (map[
 			p.gateways[a] = r.Rev
 		}
 		// Revisions grow, so the highest is the address chosen last.
-		if rec.Kind == kindAuto && r.Rev > newest[p] {
+		if p.nextFit() && rec.Kind == kindAuto && r.Rev > newest[p] {
 			newest[p], p.cursor = r.Rev, a.Next()
 		}
 	}

@@ -27,11 +27,20 @@ type modelPool struct {
 
 	opts  poolOptions
 	since map[netip.Addr]time.Time // released and left alone
-	names map[string]netip.Addr
+	// backs were released, whether left alone or not; after a restart true: taken
+	// before it.
+	backs  map[netip.Addr]modelBack
+	before map[netip.Addr]bool
+	names  map[string]netip.Addr
+}
+
+type modelBack struct {
+	at    time.Time
+	start bool
 }
 
 func newModelPool(id poolID, o poolOptions) *modelPool {
-	return &modelPool{id: id, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, names: map[string]netip.Addr{}}
+	return &modelPool{id: id, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, backs: map[netip.Addr]modelBack{}, before: map[netip.Addr]bool{}, names: map[string]netip.Addr{}}
 }
 
 // keeper is the name that an address is kept for, and whether it is reserved.
@@ -57,13 +66,14 @@ type model struct {
 	// elected: an allocator has begun and made no request yet
 	elected bool
 	now     time.Time
+	started time.Time
 }
 
 // expire lets go of what has rested long enough.
 func (m *model) expire(p *modelPool) {
 	for a, at := range p.since {
 		name, _ := p.keeper(a)
-		if name == "" && m.now.Sub(at) >= p.opts.quarantine || name != "" && p.opts.keep >= 0 && m.now.Sub(at) >= p.opts.keep {
+		if name == "" && m.now.Sub(at) >= p.opts.rest() || name != "" && p.opts.keep >= 0 && m.now.Sub(at) >= p.opts.keep {
 			delete(p.since, a)
 			delete(p.names, name)
 		}
@@ -71,8 +81,13 @@ func (m *model) expire(p *modelPool) {
 }
 
 func (m *model) restart() {
-	m.elected = false
+	m.elected, m.started = false, m.now
 	for _, p := range m.pools {
+		clear(p.backs)
+		clear(p.before)
+		for a := range p.taken {
+			p.before[a] = true
+		}
 		p.adoptable, p.adopted, p.unconfirmed, p.stale, p.last = true, false, false, nil, netip.Addr{}
 		for a := range p.since {
 			if name, _ := p.keeper(a); name == "" {
@@ -208,6 +223,9 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 		case p.opts.keep == 0:
 			r.name = ""
 		}
+		if r.kind == kindExplicit && r.name == "" && r.id.named() && len(m.held[r.id.prefix]) != 25 && p.opts.keep != 0 && !reserved {
+			r.name = fixedName(r.want)
+		}
 	}
 	n := m.n
 	got, ok := m.grant(p, r)
@@ -241,7 +259,7 @@ func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
 		for a := first; !last.Less(a); a = a.Next() {
 			order = append(order, a)
 		}
-		if r.kind == kindAuto && p.last.IsValid() { // turn to the one after the last
+		if r.kind == kindAuto && r.id.space == GlobalSpace && p.last.IsValid() { // turn to the one after the last
 			if n := slices.Index(order, p.last.Next()); n > 0 {
 				order = append(order[n:], order[:n]...)
 			}
@@ -263,9 +281,25 @@ func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
 		if len(free) == 0 {
 			return netip.Addr{}, false
 		}
-		fresh := slices.IndexFunc(free, func(a netip.Addr) bool { _, rests := p.since[a]; return !rests })
+		rests := func(a netip.Addr) bool { _, rests := p.since[a]; return rests }
+		fresh := slices.IndexFunc(free, func(a netip.Addr) bool { return !rests(a) })
+		justNow := slices.IndexFunc(free, func(a netip.Addr) bool {
+			b, ok := p.backs[a]
+			return ok && !rests(a) && (m.now.Sub(b.at) < backTime || b.start && m.now.Sub(m.started) < startedTime)
+		})
+		if justNow >= 0 && r.kind == kindAuto && r.name == "" && r.id.space != GlobalSpace {
+			fresh = justNow
+		}
 		if a = free[max(fresh, 0)]; fresh < 0 {
-			a = slices.MinFunc(free, func(a, b netip.Addr) int { return cmp.Or(p.since[a].Compare(p.since[b]), a.Compare(b)) })
+			asked := func(a netip.Addr) int {
+				if name, _ := p.keeper(a); strings.HasPrefix(name, fixedPrefix) {
+					return 1
+				}
+				return 0
+			}
+			a = slices.MinFunc(free, func(a, b netip.Addr) int {
+				return cmp.Or(asked(a)-asked(b), p.since[a].Compare(p.since[b]), a.Compare(b))
+			})
 			if name, _ := p.keeper(a); name != "" {
 				delete(p.names, name)
 			}
@@ -292,6 +326,10 @@ func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
 func (m *model) releaseAddress(id poolID, a netip.Addr) {
 	if p := m.pools[id.poolKey]; p != nil {
 		name, reserved := p.keeper(a)
+		if _, ok := p.taken[a]; ok && !slices.Contains(p.gateways, a) {
+			p.backs[a] = modelBack{m.now, p.before[a] && m.now.Sub(m.started) < startTime}
+			delete(p.before, a)
+		}
 		if _, ok := p.taken[a]; ok && !reserved && (name != "" || p.opts.quarantine > 0) && !slices.Contains(p.gateways, a) {
 			p.since[a] = m.now
 		}
@@ -319,13 +357,14 @@ func (m *model) status() string {
 }
 
 // plain is what a pool has that was taken up again.
-var plain = poolOptions{quarantine: defaultQuarantine, keep: -1}
+var plain = poolOptions{quarantine: restsFar, keep: -1}
 
 // TestModel makes random calls, restarts and changes of who holds what, on the
 // real thing over a real file and on the model, and compares every answer.
 func TestModel(t *testing.T) {
 	options := map[string]map[string]string{
 		"10.0.0.0/30": {"quarantine": "0"},
+		"10.0.0.0/29": {"quarantine": "60s"},
 		"10.0.0.0/28": {"reserve.r": "10.0.0.5,02:00:00:00:00:05", "keep": "3m"},
 		"10.0.0.8/31": {"keep": "0"},
 		"fd00::/125":  {"reserve.r": "fd00::3", "reserve.s": "10.0.0.1,fd00::4"},
@@ -346,7 +385,7 @@ func TestModel(t *testing.T) {
 		h := newHouse(t)
 		h.clock = time.Unix(1_800_000_000, 0)
 		h.now = func() time.Time { return h.clock }
-		m := &model{pools: map[poolKey]*modelPool{}, held: map[netip.Prefix]string{}, now: h.clock}
+		m := &model{pools: map[poolKey]*modelPool{}, held: map[netip.Prefix]string{}, now: h.clock, started: h.clock}
 		aName := rapid.SampledFrom([]string{"", "a", "b", "c", "r", "s"})
 		anID := rapid.SampledFrom(ids)
 		anAddress := func(r *rapid.T, id poolID) netip.Addr {
@@ -383,7 +422,7 @@ func TestModel(t *testing.T) {
 				address(r, req)
 			},
 			"wait": func(r *rapid.T) {
-				h.clock = h.clock.Add(time.Duration(rapid.IntRange(1, 100).Draw(r, "seconds")) * time.Second)
+				h.clock = h.clock.Add(rapid.SampledFrom([]time.Duration{1, 2, 50, 100}).Draw(r, "seconds") * time.Second)
 				m.now = h.clock
 			},
 			"gateway": func(r *rapid.T) {

@@ -40,6 +40,30 @@ func (p *pool) reserved(a netip.Addr) bool { return p.reservedFor[a] != "" }
 // SERVICE.NODE.ID where each node has one. The ID is new every time.
 var task = regexp.MustCompile(`^(.+\.(?:[0-9]+|[0-9a-z]{25}))\.[0-9a-z]{25}$`)
 
+// fixedName is what an address is kept for that was asked for by number, without
+// a name: itself. No container's name has a space.
+func fixedName(a netip.Addr) string { return fixedPrefix + a.String() }
+
+const fixedPrefix = "--ip "
+
+// asked reports whether an address is kept for who asks for it by number; p.mu is
+// held.
+func (p *pool) asked(a netip.Addr) bool {
+	b := p.byAddr[a]
+	return b != nil && strings.HasPrefix(b.name, fixedPrefix)
+}
+
+// fixes reports whether an address that is asked for is to be kept: a stopped
+// container would not start if another had it. Those of a swarm's tasks the leader
+// keeps apart.
+func (i *IPAM) fixes(p *pool, r addressRequest) bool {
+	if r.kind != kindExplicit || !p.named() || p.dhcp() != "" {
+		return false
+	}
+	id, held := i.holder(p.prefix)
+	return !held || !swarm(id)
+}
+
 // lasting is the part of a container's name that its successor has too, or
 // nothing if it is not a name.
 func lasting(name string) string {
@@ -117,6 +141,7 @@ func (p *pool) wish(name string) (a netip.Addr, reserved, second bool) {
 // call works out what a request with a name asks for. It may set the address,
 // and it clears the name where the address is not to be kept for it.
 func (i *IPAM) call(ctx context.Context, p *pool, r *addressRequest) (reserved bool, err error) {
+	fixes := i.fixes(p, *r) // not under the lock: it asks the driver
 	p.mu.Lock()
 	lost := p.expire(i.now())
 	defer func() { i.forgetNames(ctx, p, lost) }()
@@ -135,6 +160,9 @@ func (i *IPAM) call(ctx context.Context, p *pool, r *addressRequest) (reserved b
 		}
 		if b := p.byName[r.name]; b != nil && b.Address != r.want && p.taken.has(b.Address) {
 			r.name = "" // another container of that name runs
+		}
+		if fixes && r.name == "" && p.opts.keep != 0 && !p.reserved(r.want) {
+			r.name = fixedName(r.want)
 		}
 		return false, nil
 	}

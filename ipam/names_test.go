@@ -89,11 +89,11 @@ func TestPoolOptions(t *testing.T) {
 	}
 }
 
-// TestQuarantine: a released address is given out again after a minute, or when
-// there is no other, the one released first before others.
+// TestQuarantine: with the option a released address is given out again after that
+// time, or when there is no other, the one released first before others.
 func TestQuarantine(t *testing.T) {
 	h := newClock(t)
-	id := h.do("pool local 10.1.0.0/29") // 1 to 6
+	id := h.do("pool local 10.1.0.0/29 quarantine=60s") // 1 to 6
 	for range 6 {
 		h.do("addr " + id)
 	}
@@ -120,7 +120,7 @@ func TestQuarantine(t *testing.T) {
 // TestKeep: how long a name keeps its address.
 func TestKeep(t *testing.T) {
 	h := newClock(t)
-	for keep, want := range map[string]string{"": "10.1.0.1/24", "1h": "10.1.0.2/24", "0": "10.1.0.2/24"} {
+	for keep, want := range map[string]string{"": "10.1.0.2/24", "1h": "10.1.0.1/24", "0": "10.1.0.1/24"} {
 		options := map[string]string{"keep": keep}
 		if keep == "" {
 			options = nil
@@ -132,8 +132,8 @@ func TestKeep(t *testing.T) {
 		h.addressFor(id, "web", "")
 		h.do("free " + id + " 10.1.0.1")
 		h.clock = h.clock.Add(2 * time.Hour)
-		if got := h.addressFor(id, "web", ""); got != want {
-			t.Errorf("keep=%s, after two hours: %s, want %s", keep, got, want)
+		if got := h.addressFor(id, "other", ""); got != want {
+			t.Errorf("keep=%s, after two hours another has %s, want %s", keep, got, want)
 		}
 		h.do("unpool " + id)
 		if left, err := h.bolt.List(t.Context(), "ipam/"); err != nil || len(left) > 0 {
@@ -429,7 +429,7 @@ func FuzzOptions(f *testing.F) {
 		if !reflect.DeepEqual(o, again) {
 			t.Fatalf("%q is read again as %+v, first it was %+v", o.raw, again, o)
 		}
-		if o.quarantine < 0 || o.dhcp != "" && checkLink(o.dhcp) != nil {
+		if o.quarantine < 0 && o.quarantine != restsFar || o.dhcp != "" && checkLink(o.dhcp) != nil {
 			t.Fatalf("%+v", o)
 		}
 		for name, r := range o.reserved {

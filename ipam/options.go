@@ -19,15 +19,20 @@ const spaceOption = "space="
 // reserveOption is how the key of a reservation begins; the name follows.
 const reserveOption = "reserve."
 
-// defaultQuarantine is how long a released address rests. Neighbours forget an
-// address within a minute or so (Linux: base_reachable_time and gc_stale_time).
-const defaultQuarantine = 60 * time.Second
+// restsFar has an address rest only where its next holder's neighbours would look
+// for it in another place: after another host has released it. On one host the
+// MAC address follows the address, and what neighbours remember stays true.
+const restsFar time.Duration = -1
+
+// restTime is how long it rests then. Neighbours forget an address within
+// a minute or so (Linux: base_reachable_time and gc_stale_time).
+const restTime = 60 * time.Second
 
 // poolOptions is what the user gave with --ipam-opt, in parsed form.
 type poolOptions struct {
 	space      string
-	dhcp       string // the link on which a DHCP server hands out the addresses
-	quarantine time.Duration
+	dhcp       string        // the link on which a DHCP server hands out the addresses
+	quarantine time.Duration // how long a released address rests, or restsFar
 	// keep is how long a name keeps an address after its release; negative:
 	// until the pool needs it.
 	keep     time.Duration
@@ -55,7 +60,7 @@ func (r reservation) String() string {
 // parseOptions reads the options of a pool; prefix is zero when it is chosen by
 // us. The leader of a swarm mixes marks of its own into the same map.
 func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, error) {
-	o := poolOptions{quarantine: defaultQuarantine, keep: -1}
+	o := poolOptions{quarantine: restsFar, keep: -1}
 	for _, k := range slices.Sorted(maps.Keys(all)) {
 		v := all[k]
 		var err error

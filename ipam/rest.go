@@ -52,8 +52,17 @@ type release struct {
 	at   time.Time
 }
 
-// rested marks an address as released just now; p.mu is held.
-func (p *pool) rested(a netip.Addr, now time.Time) {
+// rest is how long an address rests that does.
+func (o poolOptions) rest() time.Duration {
+	if o.quarantine > 0 {
+		return o.quarantine
+	}
+	return restTime
+}
+
+// rested marks an address as released just now, by another host if far; p.mu is
+// held.
+func (p *pool) rested(a netip.Addr, now time.Time, far bool) {
 	if p.reserved(a) {
 		p.taken.rest(a)
 		return
@@ -63,7 +72,7 @@ func (p *pool) rested(a netip.Addr, now time.Time) {
 	switch {
 	case b != nil:
 		b.Released, q = now, &p.kept
-	case p.opts.quarantine == 0 || p.dhcp() != "":
+	case p.dhcp() != "", p.opts.quarantine == 0, p.opts.quarantine == restsFar && !far:
 		return
 	}
 	p.restIn(q, release{a, now})
@@ -124,7 +133,7 @@ const mostExpired = 16
 func (p *pool) expire(now time.Time) (lost []binding) {
 	for {
 		r, ok := p.front(&p.quarantined)
-		if !ok || now.Sub(r.at) < p.opts.quarantine {
+		if !ok || now.Sub(r.at) < p.opts.rest() {
 			break
 		}
 		p.woken(r.addr)
@@ -142,13 +151,19 @@ func (p *pool) expire(now time.Time) (lost []binding) {
 
 // oldest takes the address out of its rest that was released first, of those
 // that may be chosen, when there is no other; p.mu is held. The name that it
-// was kept for is returned, if there is one.
+// was kept for is returned, if there is one. What a container asks for by number
+// goes last: it would not start without it.
 func (p *pool) oldest(id poolID) (a netip.Addr, lost []binding, ok bool) {
 	first, last := id.auto()
 	var at time.Time
+	asked := false
 	for addr, t := range p.since {
-		if !addr.Less(first) && !last.Less(addr) && (!ok || t.Before(at) || t.Equal(at) && addr.Less(a)) {
-			a, at, ok = addr, t, true
+		if addr.Less(first) || last.Less(addr) {
+			continue
+		}
+		by := p.asked(addr)
+		if !ok || asked && !by || asked == by && (t.Before(at) || t.Equal(at) && addr.Less(a)) {
+			a, at, asked, ok = addr, t, by, true
 		}
 	}
 	if !ok {

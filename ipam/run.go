@@ -46,7 +46,13 @@ func (i *IPAM) Run(ctx context.Context) error {
 	}
 	g.Go(func() error { return i.clean(ctx) })
 	g.Go(func() error { return i.extend(ctx) })
-	return g.Wait()
+	err := g.Wait()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+	defer cancel()
+	if serr := i.saveBack(ctx); serr != nil {
+		i.log.WithError(serr).Debug("which addresses were given back last was not written down")
+	}
+	return err
 }
 
 // clean works off the list.

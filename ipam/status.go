@@ -50,6 +50,8 @@ func (s PoolStatus) Shared() bool { return strings.HasPrefix(s.ID, spaceOption) 
 
 // NameStatus is a name that has an address in a pool.
 type NameStatus struct {
+	// Name is that of a container, or --ip: who had the address had asked for it
+	// by number, and its name is not known.
 	Name    string     `json:"name"`
 	Address netip.Addr `json:"address"`
 	MAC     string     `json:"mac,omitempty"` // where one is reserved
@@ -151,9 +153,15 @@ func (p *pool) nameStatus() []NameStatus {
 		out = append(out, s)
 	}
 	for _, b := range p.byName {
-		out = append(out, NameStatus{Name: b.name, Address: b.Address, Held: p.taken.has(b.Address), Host: p.others[b.Address].Name, Released: b.Released})
+		name := b.name
+		if strings.HasPrefix(name, fixedPrefix) {
+			if name = strings.TrimSpace(fixedPrefix); p.taken.has(b.Address) {
+				continue // as any other that is in use
+			}
+		}
+		out = append(out, NameStatus{Name: name, Address: b.Address, Held: p.taken.has(b.Address), Host: p.others[b.Address].Name, Released: b.Released})
 	}
-	slices.SortFunc(out, func(a, b NameStatus) int { return cmp.Compare(a.Name, b.Name) })
+	slices.SortFunc(out, func(a, b NameStatus) int { return cmp.Or(cmp.Compare(a.Name, b.Name), a.Address.Compare(b.Address)) })
 	return out
 }
 

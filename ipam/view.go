@@ -59,6 +59,7 @@ func (i *IPAM) loadShared(ctx context.Context) error {
 				return fmt.Errorf("pool %s of space %s: %w", prefix, p.spaceName(), err)
 			}
 			p.reserve()
+			i.recall(p)
 			pools[p.poolKey] = p
 		}
 	}
@@ -410,7 +411,7 @@ func (i *IPAM) noteGone(p *pool, a netip.Addr, at uint64) {
 		p.taken.remove(a)
 		p.nameIt(a, heldClaim{})
 		if h.Kind != kindGateway {
-			p.rested(a, i.now())
+			p.rested(a, i.now(), true)
 		}
 		return
 	}
