@@ -136,6 +136,9 @@ func parseSubnet(data *wire.IPAMData) (s Subnet, ok bool, err error) {
 	if s.Pool.Bits() == 0 {
 		return s, false, nil
 	}
+	if gateway, err := netip.ParsePrefix(data.Gateway); err == nil && gateway.Addr().IsUnspecified() {
+		data.Gateway = "" // our IPAM half has said that there is none
+	}
 	if data.Gateway != "" {
 		if s.Gateway, err = netip.ParsePrefix(data.Gateway); err != nil || !s.Pool.Contains(s.Gateway.Addr()) {
 			return s, false, fmt.Errorf("gateway %q is not an address, with its mask, of subnet %s", clip(data.Gateway), s.Pool)

@@ -26,6 +26,7 @@ func TestLease(t *testing.T) {
 		{"a wanted address", leaseWanted},
 		{"two networks", leaseTwice},
 		{"internal", leaseInternal},
+		{"both families", leaseBoth},
 		{"a station has the address", leaseSquatted},
 		{"Docker's own macvlan", leaseForeign},
 		{"no server at first", leaseLater},
@@ -125,6 +126,24 @@ func leaseTwice(t *testing.T, e *engine) {
 	e.sees(t, e.machine, a.IPAddress+":80", "alpha")
 	e.must(t, "rm", "-f", "alpha")
 	s.has(t)
+}
+
+// leaseBoth has a second server for IPv6, which names no router: no gateway is
+// made up, and the engines that want one are told that there is none.
+func leaseBoth(t *testing.T, e *engine) {
+	t.Helper()
+	s := e.lan.dhcpHost(t)
+	s.stop()
+	s.args = append(s.args, "--dhcp-range=2001:db8:1::600,2001:db8:1::6ff,64,2m")
+	s.start(t)
+	e.leaseNetwork(t, "lan", "lan0", append(onMacvlan, "--ipv6", "--subnet", "2001:db8:1::/64")...)
+	e.run(t, "alpha", "--network", "lan")
+	f := strings.Fields(e.must(t, "inspect", "-f", "{{with .NetworkSettings.Networks.lan}}{{.IPAddress}} {{.GlobalIPv6Address}} {{.Gateway}} {{.IPv6Gateway}}{{end}}", "alpha"))
+	if len(f) != 3 || !strings.HasPrefix(f[1], "2001:db8:1::6") || f[2] != client4 {
+		t.Errorf("it has %q, want an address of each family and the IPv4 gateway", f)
+	}
+	e.sees(t, e.lan.client, f[0]+":80", "alpha")
+	e.sees(t, e.lan.client, "["+f[1]+"]:80", "alpha")
 }
 
 func leaseInternal(t *testing.T, e *engine) {

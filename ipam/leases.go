@@ -134,7 +134,8 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 	if err != nil {
 		return poolID{}, netip.Prefix{}, err
 	}
-	var router netip.Prefix
+	// DHCPv6 names no router: containers hear of it as other stations do.
+	router := noGateway(r.prefix)
 	if !r.prefix.IsValid() || r.prefix.Addr().Is4() {
 		if r.prefix, router, err = i.survey(ctx, link, r.prefix); err != nil {
 			return poolID{}, netip.Prefix{}, err
@@ -157,6 +158,19 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 	return r.poolID, router, i.addPool(ctx, r.poolID, r.opts)
 }
 
+// noGateway is what says that a subnet has no gateway: engines up to 27 do not take
+// none for an answer, and ask for one.
+func noGateway(subnet netip.Prefix) netip.Prefix {
+	if !subnet.IsValid() {
+		return netip.Prefix{}
+	}
+	a := netip.IPv4Unspecified()
+	if subnet.Addr().Is6() {
+		a = netip.IPv6Unspecified()
+	}
+	return netip.PrefixFrom(a, subnet.Bits())
+}
+
 // survey asks what the server on a link has to offer. Where the subnet is given
 // a server that is silent, or a link that is not there yet, will do.
 func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix) (subnet, router netip.Prefix, err error) {
@@ -168,7 +182,7 @@ func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix) (sub
 	l, err := i.dhcp.Offer(ctx, link, i.station(poolKey{space: dhcpSpace + link}, "", MAC{}))
 	if err != nil && given.IsValid() {
 		i.log.WithError(err).Warnf("subnet %s could not be compared with what the DHCP server on %s offers", given, link)
-		return given, router, nil
+		return given, netip.Prefix{}, nil
 	}
 	if err != nil {
 		return subnet, router, fmt.Errorf("ipam option dhcp=%s: %w", link, err)
@@ -181,7 +195,7 @@ func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix) (sub
 	if err := validPool(subnet); err != nil {
 		return subnet, router, fmt.Errorf("ipam option dhcp=%s: the DHCP server %s offered %s: %w", link, l.Server, l.Address, err)
 	}
-	if subnet.Contains(l.Router) {
+	if router = noGateway(subnet); subnet.Contains(l.Router) {
 		router = netip.PrefixFrom(l.Router, subnet.Bits())
 	}
 	return subnet, router, nil
@@ -269,7 +283,7 @@ func (p *pool) identity(r *addressRequest, now time.Time) (key string, hint neti
 func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Prefix, error) {
 	link := p.dhcp()
 	if r.kind == kindGateway {
-		return netip.Prefix{}, fmt.Errorf("the DHCP server on %s has named no router when the network was made: give its address with --gateway", link)
+		return netip.Prefix{}, fmt.Errorf("the DHCP server on %s could not be asked for its router when the network was made: give its address with --gateway", link)
 	}
 	p.mu.Lock()
 	p.adoptable = false

@@ -206,10 +206,11 @@ func TestLeasedDualStack(t *testing.T) {
 	_, refusal, _ := l.pool("", `"dhcp":"lan0","x":"y"`)
 	l.contains("an unknown option", refusal, `"x"`)
 	id4, _, _ := l.pool("", `"dhcp":"lan0"`)
-	id6, pool6, _ := l.pool("fd77::/64", `"dhcp":"lan0"`)
+	id6, pool6, none := l.pool("fd77::/64", `"dhcp":"lan0"`)
 	l.want("subnet", pool6, "fd77::/64")
+	l.want("gateway, which engines up to 27 else ask for", none, "::/64")
 	l.must(t, "NetworkDriver.CreateNetwork", `{"NetworkID":"`+netID+`","Options":{"com.docker.network.enable_ipv6":true,"com.docker.network.generic":{"mode":"macvlan","parent":"lan0"}},`+
-		`"IPv4Data":[{"AddressSpace":"weft-local","Pool":"10.77.0.0/24","Gateway":"10.77.0.1/24"}],"IPv6Data":[{"AddressSpace":"weft-local","Pool":"fd77::/64"}]}`)
+		`"IPv4Data":[{"AddressSpace":"weft-local","Pool":"10.77.0.0/24","Gateway":"10.77.0.1/24"}],"IPv6Data":[{"AddressSpace":"weft-local","Pool":"fd77::/64","Gateway":"`+none+`"}]}`)
 	a4, a6 := l.request(id4, "", "web"), l.request(id6, "", "web")
 	if !strings.HasPrefix(a4, "10.77.0.") || !strings.HasPrefix(a6, "fd77::1") {
 		t.Fatalf("%s and %s", a4, a6)
