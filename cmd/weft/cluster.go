@@ -2,11 +2,9 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"net/netip"
 	"os"
-	"strconv"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -46,32 +44,23 @@ func newCluster(ctx context.Context, s settings, p *parts, log *logrus.Logger) (
 	}
 	join := overlay.Join{}
 	if join.Peers, err = overlay.ParsePeers(s.peers); err != nil {
-		return nil, fmt.Errorf("setting PEERS: %w", err)
+		return nil, err
 	}
 	if s.secret != "" {
 		join.Keys = [][]byte{overlay.Key(s.secret)}
 	}
-	grace, port := defaultGrace, uint64(overlay.GossipPort)
-	if s.scope == scopeGlobal {
-		port = swarmPort
+	grace, err := s.graceTime()
+	if err != nil {
+		return nil, err
 	}
-	if s.grace != "" {
-		if grace, err = time.ParseDuration(s.grace); err != nil || grace < time.Second {
-			return nil, fmt.Errorf("setting GRACE: %q is not a time: write it as 10m", s.grace)
-		}
-	}
-	if s.gossipPort != "" {
-		if port, err = strconv.ParseUint(s.gossipPort, 10, 16); err != nil || port == 0 {
-			return nil, fmt.Errorf("setting GOSSIP_PORT: %q is not a port: valid are 1 to 65535", s.gossipPort)
-		}
+	port, err := s.port()
+	if err != nil {
+		return nil, err
 	}
 	c := overlay.Config{
 		Host: id, Name: name, Parts: p.run, Kept: p.weft, Network: p.kernel, Underlay: s.underlay, Join: join, Grace: grace, Log: log,
 	}
 	if p.shared != nil {
-		if len(join.Peers) > 0 {
-			return nil, errors.New("settings PEERS and STORE: hosts find each other by one of the two")
-		}
 		c.Ready = func(overlay.Join) bool { return true }
 		c.Engine = func(t *overlay.Table, _ netip.Addr, _ overlay.Join) (overlay.Engine, error) {
 			return overlay.NewEtcd(overlay.EtcdConfig{Store: p.shared, Table: t, Name: name, Log: log}), nil
@@ -82,7 +71,7 @@ func newCluster(ctx context.Context, s settings, p *parts, log *logrus.Logger) (
 	c.Ready = func(j overlay.Join) bool { return len(j.Keys) > 0 || s.scope != scopeGlobal && len(j.Peers) > 0 }
 	c.Engine = func(t *overlay.Table, underlay netip.Addr, j overlay.Join) (overlay.Engine, error) {
 		return overlay.NewGossip(overlay.GossipConfig{
-			Table: t, ID: id, Name: name, Bind: underlay, Port: uint16(port), Peers: j.Peers, Keys: j.Keys, Store: p.weft, Log: log,
+			Table: t, ID: id, Name: name, Bind: underlay, Port: port, Peers: j.Peers, Keys: j.Keys, Store: p.weft, Log: log,
 		})
 	}
 	return overlay.New(ctx, c)

@@ -133,9 +133,12 @@ func (d *daemon) failed(err error) bool {
 
 // recoverParts opens the stores and reads back what they and the kernel hold.
 func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts, err error) {
+	if err := s.check(); err != nil {
+		return nil, err
+	}
 	pools, err := ipam.ParsePools(s.pools)
 	if err != nil {
-		return nil, fmt.Errorf("setting POOLS: %w", err)
+		return nil, err
 	}
 	if s.scope == scopeGlobal {
 		pools = ipam.ForSwarm(pools)

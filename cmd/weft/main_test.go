@@ -50,7 +50,6 @@ func TestArguments(t *testing.T) {
 		{"address keep web", 2, "", "reserve NAME ADDRESS"},
 		{"address release here", 2, "", `"here"`},
 		{"secret change", 2, "", "add, use, remove"},
-		{"serve -scope all", 2, "", "SCOPE"},
 		{"serve now", 2, "", `no argument "now"`},
 	} {
 		code, out, errs := weft(t, t.TempDir(), strings.Fields(c.args)...)

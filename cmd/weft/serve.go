@@ -5,15 +5,12 @@ import (
 	"flag"
 	"fmt"
 	"path/filepath"
-	"strings"
 
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/weftnet/weft/internal/admin"
-	"github.com/weftnet/weft/internal/datapath"
 	"github.com/weftnet/weft/internal/plugin"
-	"github.com/weftnet/weft/internal/store"
 )
 
 const (
@@ -22,14 +19,6 @@ const (
 	defaultSocket = "/run/docker/plugins/weft.sock"
 	adminSocket   = "admin.sock" // inside the state's directory
 )
-
-// settings are what `weft serve` can be told.
-type settings struct {
-	logLevel, pools, scope, instance           string
-	peers, secret, underlay, grace, gossipPort string
-	store                                      store.EtcdConfig // none without Endpoints
-	state, socket                              string
-}
 
 // serve is the plugin's process. It returns when ctx ends, or before it has
 // begun to listen.
@@ -60,15 +49,7 @@ func (p program) serve(ctx context.Context, args []string) error {
 	if len(words) > 0 {
 		return p.wrong("serve takes no argument %q", words[0])
 	}
-	if s.scope == "" {
-		s.scope = scopeLocal
-	}
-	if s.scope != scopeLocal && s.scope != scopeGlobal {
-		return p.wrong("setting SCOPE: %q is not %s or %s", s.scope, scopeLocal, scopeGlobal)
-	}
-	if err := s.complete(); err != nil {
-		return p.wrong("setting INSTANCE: %v", err)
-	}
+	s.complete()
 	log := p.logger(s.logLevel)
 	if p.drop != nil {
 		if err := p.drop(); err != nil {
@@ -92,47 +73,15 @@ func (p program) serve(ctx context.Context, args []string) error {
 	return err
 }
 
-// complete fills in what follows from the instance. A managed plugin is told its
-// paths: each has a file system of its own.
-func (s *settings) complete() error {
-	if s.instance == "" {
-		s.instance = s.scope
-	}
-	if err := datapath.CheckInstance(s.instance); err != nil {
-		return err
-	}
-	if s.state == "" {
-		s.state = beside(defaultState, s.instance)
-	}
-	if s.socket == "" {
-		s.socket = beside(strings.TrimSuffix(defaultSocket, ".sock"), s.instance) + ".sock"
-	}
-	return nil
-}
-
-// beside is path for the default instance, and a neighbour of it for another.
-func beside(path, instance string) string {
-	if instance == datapath.DefaultInstance {
-		return path
-	}
-	return path + "-" + instance
-}
-
 // logger writes to the standard output, which the engine takes for
 // information; it would log every line on the other one as an error.
 func (p program) logger(level string) *logrus.Logger {
 	log := logrus.New()
 	log.SetOutput(p.out)
 	log.SetFormatter(&logrus.TextFormatter{DisableColors: true, FullTimestamp: true})
-	if level == "" {
-		return log
+	if l, err := logrus.ParseLevel(level); err == nil { // see settings.check
+		log.SetLevel(l)
 	}
-	l, err := logrus.ParseLevel(level)
-	if err != nil {
-		log.WithError(err).Errorf("setting LOG_LEVEL is not usable, logging at level %s", log.Level)
-		return log
-	}
-	log.SetLevel(l)
 	return log
 }
 

@@ -22,6 +22,7 @@ import (
 
 	"github.com/weftnet/weft/internal/admin"
 	"github.com/weftnet/weft/internal/netnstest"
+	"github.com/weftnet/weft/internal/store"
 )
 
 // asMain makes the test's own binary the command, so that a process of it can
@@ -275,19 +276,63 @@ func TestServeDamagedDatabase(t *testing.T) {
 	p.stop(t)
 }
 
+// Whatever is wrong with the settings, the process answers, with all of it.
 func TestServeUnusableSettings(t *testing.T) {
-	p := start(t, t.TempDir(), "LOG_LEVEL=loud")
-	p.must(t, "NetworkDriver.Leave", `{"NetworkID":"n","EndpointID":"e"}`)
-	if !strings.Contains(p.said(), "LOG_LEVEL") {
-		t.Error("LOG_LEVEL=loud was not complained about")
+	bad := map[string]string{
+		"LOG_LEVEL": "loud", "POOLS": "10.0.0.0/99", "SCOPE": "swarm", "PEERS": "host2:http", "UNDERLAY": "10.0.0.1/24", "GRACE": "ten", "GOSSIP_PORT": "0",
+		"STORE": "http://10.0.0.9",
+	}
+	var env []string
+	for name, value := range bad {
+		env = append(env, name+"="+value)
+	}
+	p := start(t, t.TempDir(), append(env, "SECRET=do not tell", "STORE_PASSWORD=nor this")...)
+	if got := p.must(t, "Plugin.Activate", ""); fmt.Sprint(got["Implements"]) != "[NetworkDriver IpamDriver]" {
+		t.Errorf("Activate: %v", got)
+	}
+	for _, method := range []string{"NetworkDriver.CreateNetwork", "IpamDriver.RequestPool"} {
+		status, m := p.call(t, method, `{}`)
+		text := fmt.Sprint(m["Err"])
+		for name, value := range bad {
+			if status != 500 || !strings.Contains(text, fmt.Sprintf("%s=%q: ", name, value)) || strings.ContainsAny(text, "\n") {
+				t.Errorf("%s: %d %s\nwithout %s=%s", method, status, text, name, value)
+			}
+		}
+		if strings.Contains(text, "do not tell") || strings.Contains(text, "nor this") || strings.Contains(text, "Parse") {
+			t.Errorf("%s: %s", method, text)
+		}
+	}
+	if d := p.status(t); d.Phase != failed || !strings.Contains(d.Error, "SCOPE=") {
+		t.Errorf("status: %s, %s", d.Phase, d.Error)
+	}
+	if n := strings.Count(p.said(), "recovery failed"); n != 1 || !strings.Contains(p.said(), "GOSSIP_PORT=") {
+		t.Errorf("it is logged %d times", n)
 	}
 	p.stop(t)
-	p = start(t, t.TempDir(), "POOLS=10.0.0.0/99")
-	status, m := p.call(t, "NetworkDriver.Leave", `{"NetworkID":"n","EndpointID":"e"}`)
-	if text := fmt.Sprint(m["Err"]); status != 500 || !strings.Contains(text, "POOLS") || !strings.Contains(text, "10.0.0.0/99") {
-		t.Errorf("with POOLS=10.0.0.0/99: %d %v", status, m)
+}
+
+func TestSettingsCheck(t *testing.T) {
+	for name, c := range map[string]struct {
+		settings settings
+		want     string // "" for none
+	}{
+		"none":              {settings{}, ""},
+		"interface":         {settings{underlay: "eth0.10"}, ""},
+		"address":           {settings{underlay: "fd00::1"}, ""},
+		"no such host":      {settings{underlay: "0.0.0.0"}, "UNDERLAY"},
+		"long interface":    {settings{underlay: "an-interface-of-20ch"}, "UNDERLAY"},
+		"instance":          {settings{instance: "Two Words"}, "INSTANCE"},
+		"no store":          {settings{store: store.EtcdConfig{User: "me"}}, "STORE"},
+		"peers and a store": {settings{peers: "host2", store: store.EtcdConfig{Endpoints: "etcd://host3"}}, "PEERS"},
+		"no file":           {settings{store: store.EtcdConfig{Endpoints: "etcds://host3", CA: "/nowhere/ca.pem"}}, "/nowhere/ca.pem"},
+		"short":             {settings{grace: "10ms"}, "GRACE"},
+	} {
+		c.settings.complete()
+		err := c.settings.check()
+		if (err != nil) != (c.want != "") || err != nil && !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%s: %v, want %q", name, err, c.want)
+		}
 	}
-	p.stop(t)
 }
 
 // The second of two is refused and disturbs nothing.
@@ -443,11 +488,8 @@ func TestInstanceDefaults(t *testing.T) {
 		{"local", "lab", "lab", "/var/lib/weft-lab", "/run/docker/plugins/weft-lab.sock"},
 	} {
 		s := settings{scope: c.scope, instance: c.instance}
-		if err := s.complete(); err != nil || s.instance != c.want || s.state != c.state || s.socket != c.socket {
-			t.Errorf("%+v: %v, %s, %s, %s", c, err, s.instance, s.state, s.socket)
+		if s.complete(); s.check() != nil || s.instance != c.want || s.state != c.state || s.socket != c.socket {
+			t.Errorf("%+v: %v, %s, %s, %s", c, s.check(), s.instance, s.state, s.socket)
 		}
-	}
-	if code, _, errs := weft(t, t.TempDir(), "serve", "-instance", "Two Words"); code != 2 || !strings.Contains(errs, "INSTANCE") {
-		t.Errorf("exit %d, %s", code, errs)
 	}
 }

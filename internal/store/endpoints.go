@@ -35,9 +35,6 @@ type EtcdConfig struct {
 
 // client checks the settings.
 func (c EtcdConfig) client() (cc clientv3.Config, err error) {
-	if c.Log == nil {
-		return cc, errors.New("no log")
-	}
 	if (c.User == "") != (c.Password == "") {
 		return cc, errors.New("a user needs a password, and a password a user")
 	}

@@ -43,10 +43,19 @@ type Etcd struct {
 	log    logrus.FieldLogger
 }
 
+// Check says what is wrong with it, as far as that shows without etcd.
+func (c EtcdConfig) Check() error {
+	_, err := c.client()
+	return err
+}
+
 // OpenEtcd returns the records of a cluster. It does not connect: a host
 // starts, and its containers run, also while etcd is away. What is wrong with
 // an address, a certificate or a password is said by the calls.
 func OpenEtcd(c EtcdConfig) (*Etcd, error) {
+	if c.Log == nil {
+		return nil, errors.New("open store: no log")
+	}
 	cc, err := c.client()
 	if err != nil {
 		return nil, fmt.Errorf("open store %q: %w", c.Endpoints, err)
