@@ -182,13 +182,16 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 	if n == nil {
 		return resp, unknownNetwork(req.NetworkID)
 	}
-	if err := parseEndpointOptions(n.rec.Mode, req.Options); err != nil {
+	ifName, err := parseEndpointOptions(n.rec.Mode, req.Options)
+	if err != nil {
 		return resp, err
 	}
 	rec, err := parseInterface(n.rec, req)
 	if err != nil {
 		return resp, err
 	}
+	rec.IfName = ifName
+	d.tellIfName(rec)
 	resp.Interface = &wire.EndpointInterface{}
 	if mac, ok := d.stationMAC(n.rec, rec); ok {
 		rec.MAC = mac
@@ -327,7 +330,7 @@ func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin
 		e.joined = true
 		d.mu.Unlock()
 		d.tell(n, e)
-		resp = joinResponse(d.backends[n.rec.Mode].Attach(n.rec, e.rec))
+		resp = joinResponse(d.backends[n.rec.Mode].Attach(n.rec, e.rec).named(e.rec.IfName))
 		return nil
 	})
 	return resp, err
@@ -336,7 +339,7 @@ func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin
 func joinResponse(at Attachment) plugin.JoinResponse {
 	var resp plugin.JoinResponse
 	if at.Link != "" {
-		resp.InterfaceName = &wire.InterfaceName{SrcName: at.Link, DstPrefix: at.Prefix}
+		resp.InterfaceName = &plugin.InterfaceName{InterfaceName: wire.InterfaceName{SrcName: at.Link, DstPrefix: at.Prefix}, DstName: at.Name}
 	}
 	for _, g := range at.Gateways {
 		if g.Is4() {

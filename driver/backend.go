@@ -24,6 +24,7 @@ type Backend interface {
 type Attachment struct {
 	Link     string // interface to move into the container
 	Prefix   string // its name there, without the number
+	Name     string // its whole name there, for engines that take one; "" if it does not matter
 	Gateways []netip.Addr
 	Routes   []Route
 	// NoGateway tells the engine not to add docker_gwbridge.

@@ -91,7 +91,8 @@ type Driver struct {
 	waste     chan waste // for Sweep
 	sweeping  atomic.Bool
 
-	hooked atomic.Bool // see firstEndpoint
+	hooked     atomic.Bool // see firstEndpoint
+	toldIfName atomic.Bool // see tellIfName
 
 	pass   sync.Mutex // one Reconcile at a time
 	change sync.Mutex // networks come and go, and repair

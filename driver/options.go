@@ -273,15 +273,49 @@ func unknownOption(mode, key string) error {
 // user.
 const engineKeys = "com.docker.network."
 
-// parseEndpointOptions refuses what a user gave with --driver-opt: no mode
-// has such an option yet.
-func parseEndpointOptions(mode string, raw map[string]any) error {
+// parseEndpointOptions reads what a user gave with --driver-opt: the interface's
+// name. No mode has an option of its own yet.
+func parseEndpointOptions(mode string, raw map[string]any) (ifName string, err error) {
 	for _, key := range slices.Sorted(maps.Keys(raw)) {
 		if !strings.HasPrefix(key, engineKeys) {
-			return fmt.Errorf("endpoint option %q is not known: mode %s has no endpoint options", clip(key), mode)
+			return "", fmt.Errorf("endpoint option %q is not known: mode %s has none; options of a network are given when it is created, with -o", clip(key), mode)
 		}
 	}
-	return nil
+	v, ok := raw[plugin.OptionIfName]
+	if !ok || v == "" {
+		return "", nil
+	}
+	ifName, _ = v.(string)
+	if err := checkLinkName(ifName, 15); err != nil {
+		return "", fmt.Errorf("endpoint option %s: %w", plugin.OptionIfName, err)
+	}
+	return ifName, nil
+}
+
+// named asks for a name in the container. Engines before 29.8 know prefixes only,
+// to which they add the first free number.
+func (at Attachment) named(name string) Attachment {
+	if name == "" {
+		return at
+	}
+	at.Name = name
+	if prefix := strings.TrimRight(name, "0123456789"); prefix != "" && prefix != name {
+		at.Prefix = prefix
+	}
+	return at
+}
+
+// tellIfName says once what older engines make of a name: nothing tells us which
+// one this is.
+func (d *Driver) tellIfName(e Endpoint) {
+	if e.IfName == "" || d.toldIfName.Swap(true) {
+		return
+	}
+	makes := "ignore it"
+	if prefix := (Attachment{}).named(e.IfName).Prefix; prefix != "" {
+		makes = fmt.Sprintf("name it %s and the first free number", prefix)
+	}
+	d.log.WithField("endpoint", e.ID).Warnf("interface name %s: engines before 29.8 %s (said once)", e.IfName, makes)
 }
 
 // stringOptions is what the user gave: strings by name. The engine passes a

@@ -86,6 +86,9 @@ type Endpoint struct {
 	// one back. Host are the host's addresses that the container knows the way to.
 	Reach bool         `json:",omitempty"`
 	Host  []netip.Addr `json:",omitempty"`
+	// IfName is what the interface is to be called in the container; "" leaves it
+	// to the network's prefix.
+	IfName string `json:",omitempty"`
 	// Claim orders endpoints of several hosts that claim one address.
 	Claim   uint64 `json:",omitempty"`
 	Created time.Time

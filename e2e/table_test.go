@@ -385,10 +385,15 @@ func optionTable() []group {
 			setup: func(w *world) {
 				w.network("net1", "--subnet", net1, "-o", "com.docker.network.bridge.name=brtest",
 					"-o", "com.docker.network.container_iface_prefix=lanx", "-o", "com.docker.network.driver.mtu=1400")
-				w.run("alpha", "--network", "net1")
+				w.all(
+					func() { w.run("alpha", "--network", "net1") },
+					func() { w.run("beta", "--network", "name=net1,driver-opt=com.docker.network.endpoint.ifname=up0") },
+				)
 			},
 			probes: []probe{
 				{name: "interface", ask: fact("alpha", interfaceFacts), want: "lanx0 mtu 1400 up"},
+				{name: "name of one endpoint's interface", ask: fact("beta", interfaceFacts), want: "up0 mtu 1400 up",
+					differs: map[int]string{20: "lanx0 mtu 1400 up"}, why: "the built-in driver knows the option since 28"},
 				{name: "bridge", ask: func(w *world) string {
 					br, err := w.bridge("gw.net1")
 					if err != nil {

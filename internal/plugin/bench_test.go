@@ -20,7 +20,7 @@ func BenchmarkCall(b *testing.B) {
 	m := plugin.New(plugin.Config{Log: discard()})
 	plugin.Handle(m, plugin.PathJoin, func(_ context.Context, r network.JoinRequest) (plugin.JoinResponse, error) {
 		_, err := plugin.ParsePortMap(r.Options)
-		return plugin.JoinResponse{InterfaceName: &network.InterfaceName{SrcName: "wfp1", DstPrefix: "eth"}}, err
+		return plugin.JoinResponse{InterfaceName: &plugin.InterfaceName{InterfaceName: network.InterfaceName{SrcName: "wfp1", DstPrefix: "eth"}}}, err
 	})
 	m.Ready(nil)
 	l, err := plugin.Listen(filepath.Join(b.TempDir(), "p.sock"))

@@ -188,7 +188,7 @@ func TestRecordedRequests(t *testing.T) {
 		plugin.JoinRequest{NetworkID: "f3", EndpointID: "e1", SandboxKey: "/var/run/docker/netns/ab12", Options: plugin.ContainerOptions{}},
 		&plugin.JoinResponse{
 			JoinResponse:  network.JoinResponse{Gateway: "10.6.0.1"},
-			InterfaceName: &network.InterfaceName{SrcName: "wfp1", DstPrefix: "eth"},
+			InterfaceName: &plugin.InterfaceName{InterfaceName: network.InterfaceName{SrcName: "wfp1", DstPrefix: "eth"}},
 		},
 		`{"Gateway":"10.6.0.1","GatewayIPv6":"","StaticRoutes":null,"DisableGatewayService":false,"InterfaceName":{"SrcName":"wfp1","DstPrefix":"eth"}}`)
 	recorded(t, s, plugin.PathEndpointOperInfo, leave, network.InfoRequest{NetworkID: "n1", EndpointID: "e1"},

@@ -53,6 +53,8 @@ const (
 	OptionMACAddress = "com.docker.network.endpoint.macaddress"
 	// OptionEndpointName is the container's name, in RequestAddress from 29.0.
 	OptionEndpointName = "com.docker.network.endpoint.name"
+	// OptionIfName is the interface's name in the container, in CreateEndpoint.
+	OptionIfName = "com.docker.network.endpoint.ifname"
 	// OptionRequestAddressType with the value RequestAddressGateway marks the
 	// request for a network's gateway.
 	OptionRequestAddressType = "RequestAddressType"
@@ -127,7 +129,14 @@ type (
 // left out, which tells the engine to move no interface.
 type JoinResponse struct {
 	network.JoinResponse
-	InterfaceName *network.InterfaceName `json:",omitempty"`
+	InterfaceName *InterfaceName `json:",omitempty"`
+}
+
+// InterfaceName is network.InterfaceName with the whole name in the container:
+// engines before 29.8 ignore it, and add the first free number to DstPrefix.
+type InterfaceName struct {
+	network.InterfaceName
+	DstName string `json:",omitempty"`
 }
 
 // EndpointInfoResponse is the answer to PathEndpointOperInfo; values may be

@@ -1,0 +1,53 @@
+package driver
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/sirupsen/logrus"
+)
+
+// TestInterfaceName: --driver-opt com.docker.network.endpoint.ifname is exact where
+// the engine takes a name, near where it only takes a prefix, and said once.
+func TestInterfaceName(t *testing.T) {
+	r := newRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", ""))
+	named := func(addr, name string) string {
+		return strings.Replace(createEndpoint(net1, ep1, addr, ""), `"Options":{`, fmt.Sprintf(`"Options":{"com.docker.network.endpoint.ifname":%s,`, name), 1)
+	}
+	for name, want := range map[string]string{
+		`"lan0"`:            `{"SrcName":"wfce11111111111","DstPrefix":"lan","DstName":"lan0"}`,
+		`"eth10.20"`:        `{"SrcName":"wfce11111111111","DstPrefix":"eth10.","DstName":"eth10.20"}`,
+		`"uplink"`:          `{"SrcName":"wfce11111111111","DstPrefix":"eth","DstName":"uplink"}`,
+		`"7"`:               `{"SrcName":"wfce11111111111","DstPrefix":"eth","DstName":"7"}`,
+		`"fifteen-bytes-1"`: `{"SrcName":"wfce11111111111","DstPrefix":"fifteen-bytes-","DstName":"fifteen-bytes-1"}`,
+		`""`:                `{"SrcName":"wfce11111111111","DstPrefix":"eth"}`,
+	} {
+		r.must("CreateEndpoint", named("10.1.0.2/24", name))
+		r.restart() // Join does not say it again
+		if answer := r.must("Join", joinBody(net1, ep1)); !strings.Contains(answer, `"InterfaceName":`+want) {
+			t.Errorf("%s: join answers %s, want %s", name, answer, want)
+		}
+		r.must("DeleteEndpoint", ids(net1, ep1))
+	}
+	for _, name := range []string{`"sixteen-bytes-12"`, `"a/b"`, `"."`, `7`} {
+		r.refused("CreateEndpoint", named("10.1.0.2/24", name), "endpoint option com.docker.network.endpoint.ifname", "is not an interface name")
+	}
+
+	r.restart()
+	r.log.Reset()
+	var said []string
+	for range 3 {
+		r.must("CreateEndpoint", named("10.1.0.2/24", `"lan0"`))
+		r.must("DeleteEndpoint", ids(net1, ep1))
+	}
+	for _, e := range r.log.AllEntries() {
+		if e.Level == logrus.WarnLevel {
+			said = append(said, e.Message)
+		}
+	}
+	if len(said) != 1 || !strings.Contains(said[0], "interface name lan0: engines before 29.8 name it lan and the first free number") {
+		t.Errorf("said %q", said)
+	}
+}
