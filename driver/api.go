@@ -124,7 +124,7 @@ func parseSubnet(data *wire.IPAMData) (s Subnet, ok bool, err error) {
 		return s, false, nil
 	}
 	if s.Pool, err = netip.ParsePrefix(data.Pool); err != nil || s.Pool != s.Pool.Masked() || s.Pool.Addr().Is4In6() {
-		return s, false, fmt.Errorf("subnet %q is not one", clip(data.Pool))
+		return s, false, fmt.Errorf("subnet %q is not one: write it as 10.0.0.0/24", clip(data.Pool))
 	}
 	if s.Pool.Bits() == 0 {
 		// Our IPAM half answers this for a subnet that the engine would refuse
@@ -141,14 +141,14 @@ func parseSubnet(data *wire.IPAMData) (s Subnet, ok bool, err error) {
 	}
 	if data.Gateway != "" {
 		if s.Gateway, err = netip.ParsePrefix(data.Gateway); err != nil || !s.Pool.Contains(s.Gateway.Addr()) {
-			return s, false, fmt.Errorf("gateway %q is not an address, with its mask, of subnet %s", clip(data.Gateway), s.Pool)
+			return s, false, fmt.Errorf("gateway %q is not an address, with its mask, of subnet %s: give one that is with --gateway", clip(data.Gateway), s.Pool)
 		}
 	}
 	for name, v := range data.AuxAddresses {
 		text, _ := v.(string)
 		p, err := netip.ParsePrefix(text)
 		if err != nil {
-			return s, false, fmt.Errorf("auxiliary address %s: %q is not an address with its mask", clip(name), clip(text))
+			return s, false, fmt.Errorf("auxiliary address %s: %q is not an address with its mask: write it as 10.0.0.5", clip(name), clip(text))
 		}
 		if s.Aux == nil {
 			s.Aux = map[string]netip.Prefix{}
@@ -242,7 +242,7 @@ func parseInterface(n Network, req plugin.CreateEndpointRequest) (Endpoint, erro
 	for _, p := range e.Addrs {
 		s, ok := n.subnet(p.Addr())
 		if !ok {
-			return e, fmt.Errorf("address %s is in none of the network's subnets (%s)", p.Addr(), pools(n))
+			return e, fmt.Errorf("address %s is in none of the network's subnets (%s): %s", p.Addr(), pools(n), n.oneOf(p.Addr()))
 		}
 		if p.Addr() == s.Gateway.Addr() && n.shares() != "" {
 			return e, gatewayTaken(p.Addr())
@@ -251,7 +251,7 @@ func parseInterface(n Network, req plugin.CreateEndpointRequest) (Endpoint, erro
 	if text := req.Interface.MacAddress; text != "" {
 		hw, err := net.ParseMAC(text)
 		if err != nil || len(hw) != len(e.MAC) || hw[0]&1 != 0 || datapath.MAC(hw) == (datapath.MAC{}) {
-			return e, fmt.Errorf("%q is not the MAC address of one interface", clip(text))
+			return e, fmt.Errorf("%q is not the MAC address of one interface: write it as 02:42:c0:a8:01:14", clip(text))
 		}
 		e.MAC = datapath.MAC(hw)
 	}

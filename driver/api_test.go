@@ -15,11 +15,15 @@ import (
 func TestEngines(t *testing.T) {
 	type step struct{ method, body, want string }
 	life := func(create, endpoint, mac string, between []step, order ...step) []step {
+		name := `"DstPrefix":"eth"`
+		if strings.Contains(endpoint, "ifname") {
+			name = `"DstPrefix":"lan","DstName":"lan0"`
+		}
 		return append(append([]step{
 			{"CreateNetwork", create, "{}"},
 			{"CreateEndpoint", endpoint, `{"Interface":{"Address":"","AddressIPv6":"","MacAddress":"` + mac + `"}}`},
 			{"Join", `{"NetworkID":"` + net1 + `","EndpointID":"` + ep1 + `","SandboxKey":"/var/run/docker/netns/0123456789ab","Options":{"com.docker.network.endpoint.exposedports":[{"Proto":6,"Port":80}],"com.docker.network.portmap":[{"Proto":6,"IP":"","Port":80,"HostIP":"","HostPort":8080,"HostPortEnd":8080}]}}`,
-				`{"Gateway":"10.5.0.1","GatewayIPv6":"","StaticRoutes":null,"DisableGatewayService":false,"InterfaceName":{"SrcName":"wfce11111111111","DstPrefix":"eth"}}`},
+				`{"Gateway":"10.5.0.1","GatewayIPv6":"","StaticRoutes":null,"DisableGatewayService":false,"InterfaceName":{"SrcName":"wfce11111111111",` + name + `}}`},
 		}, between...), order...)
 	}
 	end := []step{

@@ -33,11 +33,11 @@ func (Bridge) Validate(n *Network) error {
 	}
 	for _, f := range families {
 		if o.host(f).IsValid() && !o.Masquerade {
-			return fmt.Errorf("option com.docker.network.host_ipv%d: there is no masquerading to take part in", f)
+			return fmt.Errorf("option com.docker.network.host_ipv%d: nothing is masqueraded here: leave it out, or set com.docker.network.bridge.enable_ip_masquerade=true", f)
 		}
 	}
-	if least := leastMTU(*n); n.MTU < least {
-		return fmt.Errorf("mtu %d is too small: IPv6 needs %d", n.MTU, least)
+	if err := checkMTU(*n); err != nil {
+		return err
 	}
 	if err := checkExisting(*n); err != nil {
 		return err
@@ -51,7 +51,7 @@ func checkEgress(n *Network) error {
 	o := &n.Options
 	if n.Internal {
 		if o.Egress != "" && o.Egress != EgressNone {
-			return fmt.Errorf("option egress=%s contradicts --internal: an internal network has no way out", o.Egress)
+			return fmt.Errorf("option egress=%s contradicts --internal: an internal network has no way out: leave one of the two out", o.Egress)
 		}
 		o.Egress = EgressNone // the built-in driver accepts all else there
 		return nil
@@ -86,13 +86,13 @@ func checkExisting(n Network) error {
 	case o.BridgeName != "":
 		return fmt.Errorf("options bridge=%s and com.docker.network.bridge.name=%s contradict each other: the first attaches to a bridge that exists, the second makes one", o.Bridge, o.BridgeName)
 	case n.Internal:
-		return fmt.Errorf("option bridge=%s contradicts --internal: others on that bridge would be reached; egress=none leaves the gateway out", o.Bridge)
+		return fmt.Errorf("option bridge=%s contradicts --internal: others on that bridge would be reached: use -o egress=none instead, which leaves the gateway out", o.Bridge)
 	case o.InhibitIPv4:
-		return fmt.Errorf("option com.docker.network.bridge.inhibit_ipv4 has no meaning with bridge=%s, which gets no address anyway", o.Bridge)
+		return fmt.Errorf("option com.docker.network.bridge.inhibit_ipv4 has no meaning with bridge=%s, which gets no address anyway: leave it out", o.Bridge)
 	case len(o.Trusted) > 0:
-		return fmt.Errorf("option com.docker.network.bridge.trusted_host_interfaces has no meaning with bridge=%s, which is not kept apart", o.Bridge)
+		return fmt.Errorf("option com.docker.network.bridge.trusted_host_interfaces has no meaning with bridge=%s, which is not kept apart: leave it out", o.Bridge)
 	case o.Gateway4 != GatewayNAT || o.Gateway6 != GatewayNAT:
-		return fmt.Errorf("gateway modes have no meaning with bridge=%s, which is not kept apart", o.Bridge)
+		return fmt.Errorf("gateway modes have no meaning with bridge=%s, which is not kept apart: leave it out", o.Bridge)
 	}
 	return nil
 }
@@ -100,13 +100,21 @@ func checkExisting(n Network) error {
 func checkRoutes(n Network) error {
 	for _, r := range n.Options.Routes {
 		if _, ok := n.subnet(r.NextHop); !ok {
-			return fmt.Errorf("option routes: next hop %s is in none of the network's subnets (%s)", r.NextHop, pools(n))
+			return fmt.Errorf("option routes: next hop %s is in none of the network's subnets (%s): %s", r.NextHop, pools(n), n.oneOf(r.NextHop))
 		}
 		if s, ok := n.subnet(r.Destination.Addr()); ok && s.Pool.Bits() <= r.Destination.Bits() {
-			return fmt.Errorf("option routes: destination %s is inside the network's own subnet %s", r.Destination, s.Pool)
+			return fmt.Errorf("option routes: destination %s is inside the network's own subnet %s, which needs no route: leave it out", r.Destination, s.Pool)
 		}
 	}
 	return nil
+}
+
+// oneOf says what to do about an address that is in no subnet of the network.
+func (n Network) oneOf(a netip.Addr) string {
+	if f := familyOf(a); f == ipv6 && !n.has(f) {
+		return "create it with --ipv6 --subnet, or leave the address out"
+	}
+	return "choose one that is"
 }
 
 func pools(n Network) string {
@@ -120,12 +128,22 @@ func pools(n Network) string {
 	return strings.Join(list, ", ")
 }
 
-// leastMTU is what the protocols of the network need.
-func leastMTU(n Network) int {
+// The smallest MTU that hosts have to be able to use: RFC 791, 3.1, and RFC 8200, 5.
+const (
+	leastIPv4 = 576
+	leastIPv6 = 1280
+)
+
+// checkMTU refuses one that the protocols of the network cannot live with.
+func checkMTU(n Network) error {
+	least, f := leastIPv4, ipv4
 	if n.has(ipv6) {
-		return 1280
+		least, f = leastIPv6, ipv6
 	}
-	return 68
+	if n.MTU < least {
+		return fmt.Errorf("mtu %d is too small: IPv%d needs %d: give -o mtu=%d or more", n.MTU, f, least, least)
+	}
+	return nil
 }
 
 // link is the bridge that a network uses.

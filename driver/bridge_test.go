@@ -137,7 +137,7 @@ func TestBridgeContradictions(t *testing.T) {
 		{bridgeCase{options: "egress=driver", internal: true, v4: true}, []string{"egress=driver", "--internal"}},
 		{bridgeCase{options: "egress=none com.docker.network.host_ipv4=192.0.2.1", v4: true}, []string{"host_ipv4", "egress=none"}},
 		{bridgeCase{options: "egress=engine com.docker.network.bridge.gateway_mode_ipv4=routed", v4: true}, []string{"gateway_mode_ipv4", "egress=engine"}},
-		{bridgeCase{options: "com.docker.network.host_ipv4=192.0.2.1 com.docker.network.bridge.enable_ip_masquerade=false", v4: true}, []string{"host_ipv4", "masquerading"}},
+		{bridgeCase{options: "com.docker.network.host_ipv4=192.0.2.1 com.docker.network.bridge.enable_ip_masquerade=false", v4: true}, []string{"host_ipv4", "enable_ip_masquerade=true"}},
 		{bridgeCase{options: "bridge=br0", internal: true, v4: true}, []string{"bridge=br0", "--internal", "egress=none"}},
 		{bridgeCase{options: "bridge=br0 com.docker.network.bridge.inhibit_ipv4=true", v4: true}, []string{"inhibit_ipv4", "bridge=br0"}},
 		{bridgeCase{options: "bridge=br0 com.docker.network.bridge.trusted_host_interfaces=x", v4: true}, []string{"trusted_host_interfaces", "bridge=br0"}},

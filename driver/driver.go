@@ -389,7 +389,7 @@ func (d *Driver) readopt(ctx context.Context, n *network, rec Network) error {
 	defer n.mu.Unlock()
 	rec.Created = n.rec.Created
 	if !equal(rec, n.rec) {
-		return fmt.Errorf("network %s exists already with other settings", short(rec.ID))
+		return fmt.Errorf("network %s exists already with other settings: remove it, then create it again", short(rec.ID))
 	}
 	if err := d.sweep(ctx, n); err != nil {
 		return err
@@ -412,7 +412,7 @@ func (d *Driver) checkOthers(ctx context.Context, rec Network) error {
 	for i, s := range rec.Subnets {
 		for _, t := range rec.Subnets[:i] {
 			if s.Pool.Overlaps(t.Pool) {
-				return fmt.Errorf("subnets %s and %s overlap", t.Pool, s.Pool)
+				return fmt.Errorf("subnets %s and %s overlap: choose another for one of them", t.Pool, s.Pool)
 			}
 		}
 	}
@@ -440,7 +440,7 @@ func (d *Driver) inTheWay(rec Network, o *network) error {
 			// own DHCP server hands the addresses out, none is given twice.
 			sameLAN := s.Pool == t.Pool && rec.onLAN() != "" && rec.onLAN() == o.rec.onLAN()
 			if s.Pool.Overlaps(t.Pool) && !sameLAN {
-				return fmt.Errorf("subnet %s overlaps with one of network %s", s.Pool, short(o.rec.ID))
+				return fmt.Errorf("subnet %s overlaps with one of network %s: choose another --subnet, or remove that network", s.Pool, short(o.rec.ID))
 			}
 		}
 	}
@@ -450,7 +450,7 @@ func (d *Driver) inTheWay(rec Network, o *network) error {
 	for _, b := range d.backends[rec.Mode].Network(rec).Bridges {
 		for _, other := range d.networkState(o).Bridges {
 			if b.Name == other.Name && (!b.Existing || !other.Existing) {
-				return fmt.Errorf("bridge %s belongs to network %s", b.Name, short(o.rec.ID))
+				return fmt.Errorf("bridge %s belongs to network %s: choose another name", b.Name, short(o.rec.ID))
 			}
 		}
 	}

@@ -205,7 +205,7 @@ func parseNetworkOptions(raw map[string]any, modes []string, mode string) (Netwo
 	if v, ok := raw[plugin.OptionInternal]; ok {
 		internal, isBool := v.(bool)
 		if !isBool {
-			return n, fmt.Errorf("option %s: %v is not true or false", plugin.OptionInternal, v)
+			return n, fmt.Errorf("option %s: %v is neither: write true or false", plugin.OptionInternal, v)
 		}
 		n.Internal = internal
 	}
@@ -214,20 +214,21 @@ func parseNetworkOptions(raw map[string]any, modes []string, mode string) (Netwo
 		return n, err
 	}
 	n.Mode = mode
-	if m, ok := generic[optionMode]; ok {
+	m, typed := generic[optionMode]
+	if typed {
 		n.Mode = m
 	}
 	if !slices.Contains(modes, n.Mode) {
-		return n, fmt.Errorf("option mode: %q is not a mode: valid are %s", n.Mode, strings.Join(slices.Sorted(slices.Values(modes)), ", "))
+		return n, fmt.Errorf("option mode: %w", notAChoice("a mode", n.Mode, slices.Sorted(slices.Values(modes))))
 	}
 	s := settings{Options: Options{ICC: true}}
 	for _, key := range slices.Sorted(maps.Keys(generic)) {
-		if err := s.apply(n.Mode, key, generic[key]); err != nil {
+		if err := s.apply(n.Mode, key, generic[key], typed); err != nil {
 			return n, err
 		}
 	}
 	if a, b := generic["mtu"], generic["com.docker.network.driver.mtu"]; a != "" && b != "" && a != b {
-		return n, fmt.Errorf("options mtu=%s and com.docker.network.driver.mtu=%s contradict each other", a, b)
+		return n, fmt.Errorf("options mtu=%s and com.docker.network.driver.mtu=%s contradict each other: leave one out", a, b)
 	}
 	// A network on somebody else's bridge is usually part of a LAN that knows
 	// its addresses.
@@ -236,7 +237,7 @@ func parseNetworkOptions(raw map[string]any, modes []string, mode string) (Netwo
 		s.Masquerade = s.masquerade == "true"
 	}
 	if a, b := generic["vni"], generic["com.docker.network.driver.overlay.vxlanid_list"]; a != "" && b != "" && a != b {
-		return n, fmt.Errorf("options vni=%s and com.docker.network.driver.overlay.vxlanid_list=%s contradict each other", a, b)
+		return n, fmt.Errorf("options vni=%s and com.docker.network.driver.overlay.vxlanid_list=%s contradict each other: leave one out", a, b)
 	}
 	n.Internal = n.Internal || s.internal
 	n.Options = s.Options
@@ -244,10 +245,10 @@ func parseNetworkOptions(raw map[string]any, modes []string, mode string) (Netwo
 }
 
 // apply sets one option.
-func (s *settings) apply(mode, key, value string) error {
+func (s *settings) apply(mode, key, value string, typed bool) error {
 	o, ok := options[key]
 	if !ok || o.modes != nil && !slices.Contains(o.modes, mode) {
-		return unknownOption(mode, key)
+		return unknownOption(mode, key, value, typed)
 	}
 	if o.set == nil {
 		return nil
@@ -256,17 +257,6 @@ func (s *settings) apply(mode, key, value string) error {
 		return fmt.Errorf("option %s: %w", key, err)
 	}
 	return nil
-}
-
-func unknownOption(mode, key string) error {
-	var valid []string
-	for name, o := range options {
-		if o.set != nil && name != optionJoin && (o.modes == nil || slices.Contains(o.modes, mode)) {
-			valid = append(valid, name)
-		}
-	}
-	slices.Sort(valid)
-	return fmt.Errorf("option %q is not known in mode %s: did you mean %q? valid are %s", clip(key), mode, plugin.Nearest(key, valid), strings.Join(valid, ", "))
 }
 
 // engineKeys begin with this in the options of an endpoint; the rest was typed by the
@@ -336,7 +326,7 @@ func stringOptions(v any) (map[string]string, error) {
 		case bool:
 			out[key] = strconv.FormatBool(value)
 		default:
-			return nil, fmt.Errorf("option %s: %v is not a string", clip(key), value)
+			return nil, fmt.Errorf("option %s: %v is not a string: put it in quotes", clip(key), value)
 		}
 	}
 	return out, nil
@@ -344,8 +334,8 @@ func stringOptions(v any) (map[string]string, error) {
 
 func setMTU(s *settings, v string) error {
 	mtu, err := strconv.Atoi(v)
-	if err != nil || mtu < 68 || mtu > 65535 {
-		return fmt.Errorf("%q is not an MTU: valid are 68 to 65535", clip(v))
+	if err != nil || mtu < leastIPv4 || mtu > 65535 {
+		return fmt.Errorf("%q is not an MTU: valid are %d to 65535, with IPv6 %d to 65535", clip(v), leastIPv4, leastIPv6)
 	}
 	s.MTU = mtu
 	return nil
@@ -376,7 +366,7 @@ func setBool(field func(*settings) *bool) func(*settings, string) error {
 func parseBool(v string) (bool, error) {
 	b, err := strconv.ParseBool(v)
 	if err != nil {
-		return false, fmt.Errorf("%q is not true or false", clip(v))
+		return false, fmt.Errorf("%q is neither: write true or false", clip(v))
 	}
 	return b, nil
 }
@@ -385,7 +375,7 @@ func setAddr(field func(*settings) *netip.Addr, f family) func(*settings, string
 	return func(s *settings, v string) error {
 		a, err := netip.ParseAddr(v)
 		if err != nil || a.Zone() != "" || !f.of(a.Unmap()) {
-			return fmt.Errorf("%q is not an IPv%d address", clip(v), f)
+			return fmt.Errorf("%q is not an IPv%d address: write it as %s", clip(v), f, f.example())
 		}
 		*field(s) = a.Unmap()
 		return nil
@@ -410,22 +400,15 @@ func setGateway(field func(*settings) *GatewayMode) func(*settings, string) erro
 func setChoice[T ~string](field func(*settings) *T, choices ...T) func(*settings, string) error {
 	return func(s *settings, v string) error {
 		if !slices.Contains(choices, T(v)) {
-			return fmt.Errorf("%q is not a choice: valid are %s", clip(v), joined(choices))
+			texts := make([]string, len(choices))
+			for i, c := range choices {
+				texts[i] = string(c)
+			}
+			return notAChoice("a choice", v, texts)
 		}
 		*field(s) = T(v)
 		return nil
 	}
-}
-
-func joined[T ~string](list []T) string {
-	var b strings.Builder
-	for i, s := range list {
-		if i > 0 {
-			b.WriteString(", ")
-		}
-		b.WriteString(string(s))
-	}
-	return b.String()
 }
 
 func setRoutes(s *settings, v string) (err error) {
@@ -450,16 +433,16 @@ func parseRoutes(v string) ([]Route, error) {
 		}
 		hop, err := netip.ParseAddr(words[2])
 		if err != nil || hop.Zone() != "" || hop.Is4In6() || hop.IsUnspecified() || hop.IsMulticast() {
-			return nil, fmt.Errorf("%q is not the address of a router", clip(words[2]))
+			return nil, fmt.Errorf("%q is not the address of a router: write it as 10.1.0.254", clip(words[2]))
 		}
 		if hop.Is4() != dst.Addr().Is4() || dst.Addr().Is4In6() {
-			return nil, fmt.Errorf("route %s via %s mixes IPv4 and IPv6", dst, hop)
+			return nil, fmt.Errorf("route %s via %s mixes IPv4 and IPv6: both ends are of one family", dst, hop)
 		}
 		if dst.Bits() == 0 {
 			return nil, errors.New("a default route is not given with routes: use --gateway")
 		}
 		if slices.ContainsFunc(routes, func(r Route) bool { return r.Destination == dst }) {
-			return nil, fmt.Errorf("destination %s is there twice", dst)
+			return nil, fmt.Errorf("destination %s is there twice: leave one out", dst)
 		}
 		routes = append(routes, Route{Destination: dst, NextHop: hop})
 	}
@@ -474,7 +457,7 @@ func checkLinkName(name string, most int) error {
 	}
 	for _, c := range []byte(name) {
 		if c <= ' ' || c >= 0x7f || c == '/' || c == ':' || c == '%' || c == '"' {
-			return fmt.Errorf("%q is not an interface name", clip(name))
+			return fmt.Errorf("%q is not an interface name: leave spaces and the characters / : %% \" out", clip(name))
 		}
 	}
 	return nil

@@ -100,10 +100,10 @@ func TestRefusedOptions(t *testing.T) {
 		{"brigde", "br0", []string{`did you mean "bridge"`}},
 		{"MTU", "1500", []string{`did you mean "mtu"`}},
 		{"mode", "macvlan", []string{`"macvlan"`, "valid are bridge, overlay"}},
-		{"mtu", "67", []string{"option mtu", "68 to 65535"}},
-		{"mtu", "65536", []string{"68 to 65535"}},
+		{"mtu", "575", []string{"option mtu", "576 to 65535", "IPv6 1280"}},
+		{"mtu", "65536", []string{"576 to 65535"}},
 		{"mtu", "1500 ", []string{"1500 "}},
-		{"mtu", "", []string{"68 to 65535"}},
+		{"mtu", "", []string{"576 to 65535"}},
 		{"mtu", 1500.0, []string{"mtu", "1500", "not a string"}},
 		{"egress", "host", []string{`"host"`, "driver, engine, none"}},
 		{"com.docker.network.bridge.enable_icc", "yes", []string{"enable_icc", `"yes"`, "true or false"}},
@@ -170,7 +170,7 @@ func FuzzNetworkOptions(f *testing.F) {
 		backends := allBackends()
 		n, err := parseNetworkOptions(raw, []string{modeBridge, modeMacvlan, modeIPvlan}, modeBridge)
 		if err == nil {
-			n.ID, n.MTU = net1, max(n.Options.MTU, 68)
+			n.ID, n.MTU = net1, max(n.Options.MTU, 576)
 			n.Subnets = []Subnet{subnet("10.1.0.0/24", "10.1.0.1/24")}
 			n.identify(datapath.MAC{})
 			if n.Parents, err = vlanParts(n.Options.Parent); err == nil {

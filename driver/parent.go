@@ -35,17 +35,17 @@ func (b Parent) Validate(n *Network) error {
 		o.SubFlag = "bridge"
 	}
 	if o.Parent == "" && o.Egress != "" && o.Egress != EgressNone {
-		return fmt.Errorf("option egress=%s needs a parent: without one the network leads nowhere", o.Egress)
+		return fmt.Errorf("option egress=%s needs a parent: without one the network leads nowhere: add -o parent=, or leave egress out", o.Egress)
 	}
 	n.Internal = n.Internal || o.Parent == "" // as the built-in drivers have it
 	if err := checkEgress(n); err != nil {
 		return err
 	}
-	if least := leastMTU(*n); n.MTU < least {
-		return fmt.Errorf("mtu %d is too small: IPv6 needs %d", n.MTU, least)
+	if err := checkMTU(*n); err != nil {
+		return err
 	}
 	if len(o.HostAddrs) > 0 && !o.HostAccess {
-		return errors.New("option host_address has no meaning without host_access=true")
+		return errors.New("option host_address has no meaning without host_access=true: add it, or leave host_address out")
 	}
 	if o.HostAccess && !o.reachable() {
 		return fmt.Errorf("option host_access=true: %s keeps the host out as well: it needs %s", o.keepsOut(b.Kind), o.letsIn(b.Kind))
@@ -53,13 +53,13 @@ func (b Parent) Validate(n *Network) error {
 	for i, a := range o.HostAddrs {
 		s, ok := n.subnet(a)
 		if !ok {
-			return fmt.Errorf("option host_address: %s is in none of the network's subnets (%s)", a, pools(*n))
+			return fmt.Errorf("option host_address: %s is in none of the network's subnets (%s): %s", a, pools(*n), n.oneOf(a))
 		}
 		if a == s.Gateway.Addr() {
-			return fmt.Errorf("option host_address: %s is the gateway's address", a)
+			return fmt.Errorf("option host_address: %s is the gateway's address: choose one that no device of the LAN has", a)
 		}
 		if i > 0 && a.Is4() == o.HostAddrs[0].Is4() {
-			return fmt.Errorf("option host_address: %s and %s: one of each family", o.HostAddrs[0], a)
+			return fmt.Errorf("option host_address: %s and %s are of one family: give at most one IPv4 and one IPv6 address", o.HostAddrs[0], a)
 		}
 	}
 	return checkRoutes(*n)

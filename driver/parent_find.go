@@ -18,12 +18,12 @@ func vlanParts(name string) ([]datapath.Parent, error) {
 	for i, p := range parts[1:] {
 		id, err := strconv.Atoi(p)
 		if err != nil || id < 1 || id > 4094 || p[0] < '1' || p[0] > '9' {
-			return nil, fmt.Errorf("parent %s does not exist, and %q is not a VLAN ID of 1 to 4094 that it could be made for", name, clip(p))
+			return nil, fmt.Errorf("parent %s does not exist, and %q is not a VLAN ID of 1 to 4094 that it could be made for: name an interface that ip link shows, or a VLAN as in eth0.10", name, clip(p))
 		}
 		list = append(list, datapath.Parent{Name: strings.Join(parts[:i+2], "."), Lower: list[i].Name, VLAN: id})
 	}
 	if len(list) > 3 {
-		return nil, fmt.Errorf("parent %s: more than two VLAN tags", name)
+		return nil, fmt.Errorf("parent %s: more than two VLAN tags: use at most two, as in eth0.10.20", name)
 	}
 	return list, nil
 }
@@ -47,7 +47,7 @@ func (d *Driver) findParent(ctx context.Context, rec *Network, old *network) err
 		return err
 	}
 	if rec.Options.MTU > below.MTU {
-		return fmt.Errorf("mtu %d is more than the %d of parent %s", rec.Options.MTU, below.MTU, o.Parent)
+		return fmt.Errorf("mtu %d is more than the %d of parent %s: give at most %d, or leave it out", rec.Options.MTU, below.MTU, o.Parent, below.MTU)
 	}
 	if rec.Options.MTU == 0 {
 		rec.MTU = below.MTU
@@ -56,7 +56,7 @@ func (d *Driver) findParent(ctx context.Context, rec *Network, old *network) err
 	if rec.Mode == modeIPvlan && o.HostAccess && !o.layer3() && below.Strict {
 		// What an ipvlan does not know comes out of its parent, but the way back
 		// leads by the host's own sub-interface.
-		return fmt.Errorf("option host_access=true: reverse path filtering on %s is strict and would drop what its containers send to the host: sysctl -w net.ipv4.conf.%s.rp_filter=2", below.Name, below.Name)
+		return fmt.Errorf("option host_access=true: reverse path filtering on %s is strict and would drop what its containers send to the host: run sysctl -w net.ipv4.conf.%s.rp_filter=2", below.Name, below.Name)
 	}
 	if below.Name == o.Parent && !o.layer3() {
 		return fits(*rec, below)
@@ -82,7 +82,7 @@ func (d *Driver) parents(ctx context.Context, rec *Network, name string) (datapa
 			return f, err
 		}
 		if len(parts) == 1 {
-			return f, fmt.Errorf("parent %s does not exist: ip link shows the interfaces of this host", name)
+			return f, fmt.Errorf("parent %s does not exist: name one that ip link shows", name)
 		}
 		made = append([]datapath.Parent{parts[len(parts)-1]}, made...)
 		name = parts[len(parts)-2].Name
@@ -93,13 +93,13 @@ func (d *Driver) parents(ctx context.Context, rec *Network, name string) (datapa
 func usable(f datapath.LinkFacts) error {
 	switch {
 	case f.Name == "lo":
-		return errors.New("parent lo is the loopback interface, which leads to no LAN")
+		return errors.New("parent lo is the loopback interface, which leads to no LAN: name a network card")
 	case f.Ours:
 		return fmt.Errorf("parent %s belongs to another network of this plugin: name a network card, or leave the parent out", f.Name)
 	case f.Master != "":
 		return fmt.Errorf("parent %s is a port of %s: use parent=%s, or mode=bridge with bridge=%s", f.Name, f.Master, f.Master, f.Master)
 	case !f.Up:
-		return fmt.Errorf("parent %s is down: ip link set %s up", f.Name, f.Name)
+		return fmt.Errorf("parent %s is down: run ip link set %s up", f.Name, f.Name)
 	}
 	return nil
 }
@@ -142,7 +142,7 @@ func (n Network) atOdds(o Network) error {
 	case n.Mode != o.Mode:
 		what = "mode=" + o.Mode
 	case a.SubMode == "passthru" || b.SubMode == "passthru":
-		return fmt.Errorf("parent %s: a network with macvlan_mode=passthru is alone on its parent, and network %s is there", n.parent(), short(o.ID))
+		return fmt.Errorf("parent %s: a network with macvlan_mode=passthru is alone on its parent, and network %s is there: use another parent or VLAN", n.parent(), short(o.ID))
 	case n.Mode == modeIPvlan && a.SubMode != b.SubMode:
 		what = "ipvlan_mode=" + b.SubMode
 	case n.Mode == modeIPvlan && a.SubFlag != b.SubFlag:

@@ -131,7 +131,7 @@ func (d *Driver) vetHost(ctx context.Context, n Network) error {
 	for _, a := range n.Options.HostAddrs {
 		// A parent that is not there yet leads nowhere, or will be refused.
 		if mac, taken, err := d.lan.Probe(ctx, n.Options.Parent, a); err == nil && taken {
-			return fmt.Errorf("option host_address: %s is in use on the LAN: %s answers for it on %s", a, mac, n.Options.Parent)
+			return fmt.Errorf("option host_address: %s is in use on the LAN: %s answers for it on %s; choose another", a, mac, n.Options.Parent)
 		}
 	}
 	return nil

@@ -142,6 +142,14 @@ const (
 
 var families = [...]family{ipv4, ipv6}
 
+// example is an address of the family.
+func (f family) example() string {
+	if f == ipv4 {
+		return "192.0.2.1"
+	}
+	return "2001:db8::1"
+}
+
 func familyOf(a netip.Addr) family {
 	if a.Is4() {
 		return ipv4

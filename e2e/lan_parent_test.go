@@ -34,7 +34,7 @@ var refusals = []refusal{
 	{"-o mode=ipvlan -o parent=lan0 -o macvlan_mode=bridge", []string{"macvlan_mode", "ipvlan", "ipvlan_mode"}},
 	{"-o mode=ipvlan -o parent=lan0 -o ipvlan_mode=l4", []string{"ipvlan_mode", "l4", "l2", "l3", "l3s"}},
 	{"-o mode=ipvlan -o parent=lan0 -o ipvlan_flag=hairpin", []string{"ipvlan_flag", "hairpin", "bridge", "private", "vepa"}},
-	{"-o parent=lan0", []string{"parent", "mode bridge"}},
+	{"-o parent=lan0", []string{"option parent belongs to mode macvlan, ipvlan: add -o mode=macvlan"}},
 	{"-o mode=macvlan -o parnet=lan0", []string{"parnet", `"parent"`}},
 	{"-o mode=macvlan -o parent=lan0 -o macvlan_mode=private -o host_access=true --subnet 198.51.100.0/24", []string{"host_access", "macvlan_mode=private", "macvlan_mode=bridge"}},
 	{"-o mode=macvlan -o parent=lan0 -o host_access=perhaps", []string{"host_access", "perhaps", "true or false"}},

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"slices"
+	"strings"
 
 	"github.com/docker/go-plugins-helpers/ipam"
 
@@ -98,6 +99,11 @@ func (i *IPAM) answerLeased(ctx context.Context, r poolRequest) (ipam.RequestPoo
 	return resp, nil
 }
 
+// clip bounds what a user's typing adds to an error, and keeps it on one line.
+func clip(s string) string {
+	return strings.ToValidUTF8(strings.ReplaceAll(s[:min(len(s), 80)], "\n", " "), "?")
+}
+
 func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {
 	r := poolRequest{v6: req.V6}
 	r.space = req.AddressSpace
@@ -106,7 +112,7 @@ func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {
 	}
 	p, err := netip.ParsePrefix(req.Pool)
 	if err != nil && req.Pool != "" {
-		return r, fmt.Errorf("subnet %q: %w", req.Pool, err)
+		return r, fmt.Errorf("subnet %q is not one: write it as 10.0.0.0/24 or fd00:1::/64", clip(req.Pool))
 	}
 	given := err == nil && !p.Addr().IsUnspecified()
 	if given {
@@ -126,7 +132,7 @@ func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {
 	}
 	if req.Pool == "" {
 		if req.SubPool != "" {
-			return r, fmt.Errorf("ip-range %s needs a subnet that it is a part of", req.SubPool)
+			return r, fmt.Errorf("ip-range %s needs a subnet that it is a part of: add --subnet", clip(req.SubPool))
 		}
 		return r, nil
 	}
@@ -143,7 +149,7 @@ func parsePoolRequest(req ipam.RequestPoolRequest) (poolRequest, error) {
 	r.prefix = p.Masked() // 0.0.0.0/0, too, which is refused
 	if req.SubPool != "" {
 		if r.sub, err = netip.ParsePrefix(req.SubPool); err != nil {
-			return r, fmt.Errorf("ip-range %q: %w", req.SubPool, err)
+			return r, fmt.Errorf("ip-range %q is not one: write it as 10.0.0.128/25", clip(req.SubPool))
 		}
 		if r.sub = r.sub.Masked(); r.sub == r.prefix {
 			r.sub = netip.Prefix{}
@@ -188,7 +194,7 @@ func parseAddressRequest(req ipam.RequestAddressRequest) (addressRequest, error)
 	r := addressRequest{id: id, kind: kindAuto}
 	if req.Address != "" {
 		if r.want, err = netip.ParseAddr(req.Address); err != nil {
-			return r, fmt.Errorf("address %q: %w", req.Address, err)
+			return r, fmt.Errorf("address %q is not one: write it as 10.0.0.5 or fd00:1::5", clip(req.Address))
 		}
 		r.kind = kindExplicit
 	}

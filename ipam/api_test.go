@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/netip"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 
@@ -97,6 +98,44 @@ func TestChosen(t *testing.T) {
 		subnet, gateway, ours := h.Chosen(netip.MustParsePrefix(c.pool), netip.MustParseAddr(c.gateway))
 		if got := [3]bool{subnet, gateway, ours}; got != c.want {
 			t.Errorf("%s, gateway %s: %v, want %v", c.pool, c.gateway, got, c.want)
+		}
+	}
+}
+
+// TestErrorsSayWhatToDo: whatever a user types wrong is answered in plain words with
+// what to type instead.
+func TestErrorsSayWhatToDo(t *testing.T) {
+	h := newHouse(t)
+	goWords := regexp.MustCompile(`ParseAddr|ParsePrefix|strconv|invalid syntax|time: |netip|%!|<nil>`)
+	p := h.do("pool local 10.1.0.0/24")
+	for line, want := range map[string]string{
+		"pool local 10.0.0":                                            `subnet "10.0.0" is not one: write it as 10.0.0.0/24`,
+		"pool local 10.0.0.0/33":                                       "write it as 10.0.0.0/24",
+		"pool local 10.9.0.0/24 sub 10.9.0.x":                          "write it as 10.0.0.128/25",
+		"pool local 10.9.0.0/24 sub 10.8.0.0/25":                       "choose one that is",
+		"pool local 4 sub 10.9.0.0/25":                                 "add --subnet",
+		"pool local 224.0.0.0/24":                                      "choose another",
+		"pool local 10.9.0.0/24 parent=eth0":                           "valid are space, dhcp, quarantine, keep, reserve.NAME; options of the network itself are given with -o",
+		"pool local 10.9.0.0/24 dhpc=eth0":                             `did you mean "dhcp"?`,
+		"pool local 10.9.0.0/24 quarantine=1x":                         "a time is written as 90s, 5m or 24h",
+		"pool local 10.9.0.0/24 reserve.db=10.9.0":                     "write it as 192.168.1.20",
+		"pool local 10.9.0.0/24 dhcp=a/b":                              "name one that ip link shows",
+		"pool local 10.9.0.0/24 space=a/b":                             "letters, digits, dots",
+		"addr " + p + " 10.1.0":                                        "write it as 10.0.0.5",
+		"addr " + p + " 10.1.0.255":                                    "10.1.0.1 to 10.1.0.254 are",
+		"pool local 10.9.0.0/24 reserve.db=10.9.0.5,01:00:5e:00:00:01": "write it as 02:42:c0:a8:01:14",
+	} {
+		got := h.do(line)
+		if !strings.HasPrefix(got, "error: ") || !strings.Contains(got, want) || goWords.MatchString(got) || strings.Contains(got, "\n") {
+			t.Errorf("%s: %q, want %q", line, got, want)
+		}
+	}
+	for text, want := range map[string]string{
+		"10.0.0.0": "write CIDR:SIZE as in 10.0.0.0/8:24", "10.0.0/8:24": "write CIDR:SIZE", "10.0.0.0/8:x": "a prefix length from 8 to 30, as in 10.0.0.0/8:24",
+		"10.0.0.1/8:24": "write 10.0.0.0/8", "10.0.0.0/8:24,10.1.0.0/16:24": "leave one out",
+	} {
+		if _, err := ParsePools(text); err == nil || !strings.Contains(err.Error(), want) || goWords.MatchString(err.Error()) {
+			t.Errorf("%s: %v, want %q", text, err, want)
 		}
 	}
 }

@@ -56,7 +56,7 @@ func (k poolKey) dhcp() string {
 // without what would not fit into a pool ID.
 func checkLink(name string) error {
 	if name == "" || len(name) > 15 || name == "." || name == ".." || strings.ContainsAny(name, "/:, \t\n") {
-		return fmt.Errorf("%q is not the name of an interface", name[:min(len(name), 32)])
+		return fmt.Errorf("%q is not the name of an interface: name one that ip link shows", name[:min(len(name), 32)])
 	}
 	return nil
 }

@@ -79,13 +79,7 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 		case strings.HasPrefix(k, "com.docker.network.") || k == plugin.OptionRequestAddressType:
 			continue
 		default:
-			valid := []string{"space", "dhcp", "quarantine", "keep", reserveOption + "NAME"}
-			word, _, _ := strings.Cut(k, ".")
-			near := plugin.Nearest(word, []string{"space", "dhcp", "quarantine", "keep", "reserve"})
-			if near+"." == reserveOption {
-				near += ".NAME"
-			}
-			return o, fmt.Errorf("ipam option %q is not known: did you mean %q? valid are %s", k, near, strings.Join(valid, ", "))
+			return o, unknownOption(k)
 		}
 		if err != nil {
 			return o, fmt.Errorf("ipam option %s=%s: %w", k, v, err)
@@ -106,6 +100,19 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 	return o, nil
 }
 
+func unknownOption(key string) error {
+	valid := []string{"space", "dhcp", "quarantine", "keep", reserveOption + "NAME"}
+	word, _, _ := strings.Cut(key, ".")
+	near := plugin.Nearest(word, []string{"space", "dhcp", "quarantine", "keep", "reserve"})
+	if near+"." == reserveOption {
+		near += ".NAME"
+	}
+	if near == "" {
+		return fmt.Errorf("ipam option %q is not known: valid are %s; options of the network itself are given with -o (Compose: driver_opts)", clip(key), strings.Join(valid, ", "))
+	}
+	return fmt.Errorf("ipam option %q is not known: did you mean %q? valid are %s", clip(key), near, strings.Join(valid, ", "))
+}
+
 // parseTime takes 90s, 5m, 24h or 0.
 func parseTime(s string) (time.Duration, error) {
 	d, err := time.ParseDuration(s)
@@ -124,7 +131,7 @@ func (o *poolOptions) reserve(name, value string, prefix netip.Prefix) error {
 	}
 	for other, have := range o.reserved {
 		if have.addr == r.addr && other != name {
-			return fmt.Errorf("%s is reserved for %s already", r.addr, other)
+			return fmt.Errorf("%s is reserved for %s already: choose another", r.addr, other)
 		}
 	}
 	if o.reserved == nil {
@@ -148,7 +155,7 @@ func parseReservation(name, value string, prefix netip.Prefix) (r reservation, e
 		part = strings.TrimSpace(part)
 		if hw, err := net.ParseMAC(part); err == nil {
 			if len(hw) != len(r.mac) || hw[0]&1 != 0 || MAC(hw) == (MAC{}) {
-				return r, fmt.Errorf("%s is not the MAC address of one interface", part)
+				return r, fmt.Errorf("%s is not the MAC address of one interface: write it as 02:42:c0:a8:01:14", part)
 			}
 			r.mac = MAC(hw)
 			continue
@@ -203,7 +210,7 @@ func reservedTexts(all map[string]reservation) map[string]string {
 // checkName takes what can be the name of a container, and part of a key.
 func checkName(name string) error {
 	if name == "" || len(name) > 255 || strings.ContainsAny(name, "/\x00 ") {
-		return fmt.Errorf("%q is not the name of a container", name[:min(len(name), 64)])
+		return fmt.Errorf("%q is not the name of a container: write it as docker ps shows it", name[:min(len(name), 64)])
 	}
 	return nil
 }

@@ -79,10 +79,10 @@ func (id poolID) validate() error {
 		return nil
 	}
 	if id.sub.Bits() <= id.prefix.Bits() || !id.prefix.Contains(id.sub.Addr()) || id.sub != id.sub.Masked() {
-		return fmt.Errorf("sub-pool %s is not a part of pool %s", id.sub, id.prefix)
+		return fmt.Errorf("ip-range %s is not a part of subnet %s: choose one that is", id.sub, id.prefix)
 	}
 	if first, last := id.auto(); last.Less(first) {
-		return fmt.Errorf("sub-pool %s of pool %s has no usable address", id.sub, id.prefix)
+		return fmt.Errorf("ip-range %s of subnet %s has no usable address: choose a larger one", id.sub, id.prefix)
 	}
 	return nil
 }
@@ -92,11 +92,11 @@ func validPool(p netip.Prefix) error {
 	a := p.Addr()
 	switch {
 	case p != p.Masked():
-		return fmt.Errorf("pool %s has host bits set, want %s", p, p.Masked())
+		return fmt.Errorf("subnet %s has bits outside its mask: write %s", p, p.Masked())
 	case p.Bits() == 0, a.Is4In6(), a.Zone() != "":
-		return fmt.Errorf("pool %s is not a subnet", p)
+		return fmt.Errorf("subnet %s is not one: write it as 10.0.0.0/24 or fd00:1::/64", p)
 	case a.IsMulticast(), a.IsLoopback(), a.IsUnspecified():
-		return fmt.Errorf("pool %s is multicast, loopback or unspecified", p)
+		return fmt.Errorf("subnet %s is multicast, loopback or unspecified: choose another", p)
 	}
 	return nil
 }

@@ -31,22 +31,22 @@ func ParsePools(s string) ([]PoolRange, error) {
 		f = strings.TrimSpace(f)
 		at := strings.LastIndexByte(f, ':')
 		if at < 0 {
-			return nil, fmt.Errorf("pools: %q has no size, want cidr:size like 10.0.0.0/8:24", f)
+			return nil, fmt.Errorf("%q has no size: write CIDR:SIZE as in 10.0.0.0/8:24", clip(f))
 		}
 		p, err := netip.ParsePrefix(f[:at])
 		if err != nil {
-			return nil, fmt.Errorf("pools: %q: want cidr:size like 10.0.0.0/8:24: %w", f, err)
+			return nil, fmt.Errorf("%q is not a subnet: write CIDR:SIZE as in 10.0.0.0/8:24", clip(f))
 		}
 		if err := validPool(p); err != nil {
-			return nil, fmt.Errorf("pools: %q: %w", f, err)
+			return nil, fmt.Errorf("%q: %w", clip(f), err)
 		}
 		size, err := strconv.Atoi(f[at+1:])
 		if most := p.Addr().BitLen() - 2; err != nil || size < p.Bits() || size > most {
-			return nil, fmt.Errorf("pools: %q: the size is a prefix length from %d to %d", f, p.Bits(), most)
+			return nil, fmt.Errorf("%q: the size is a prefix length from %d to %d, as in %s:%d", clip(f), p.Bits(), most, p, min(max(p.Bits(), 24), most))
 		}
 		for _, o := range out {
 			if o.Prefix.Overlaps(p) {
-				return nil, fmt.Errorf("pools: %s overlaps %s", p, o.Prefix)
+				return nil, fmt.Errorf("%s overlaps %s: leave one out", p, o.Prefix)
 			}
 		}
 		out = append(out, PoolRange{p, size})

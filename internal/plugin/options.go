@@ -7,15 +7,24 @@ import (
 )
 
 // Nearest is the valid name with the fewest edits from name, or from which
-// its last part has: people leave the long prefix out.
+// its last part has: people leave the long prefix out. "" if none is near enough to
+// be what was meant.
 func Nearest(name string, valid []string) string {
 	name = strings.ToLower(name)
 	last := func(s string) string { return s[strings.LastIndexByte(s, '.')+1:] }
-	return slices.MinFunc(valid, func(a, b string) int {
-		return cmp.Or(
-			min(edits(name, a), edits(last(name), last(a)))-min(edits(name, b), edits(last(name), last(b))),
-			edits(name, a)-edits(name, b))
+	distance := func(to string) int { return min(edits(name, to), edits(last(name), last(to))) }
+	if len(valid) == 0 {
+		return ""
+	}
+	best := slices.MinFunc(valid, func(a, b string) int {
+		return cmp.Or(distance(a)-distance(b), edits(name, a)-edits(name, b))
 	})
+	// Three letters in a long word, and no more than a third of a short one: two
+	// changed in "dhcp" make "mode".
+	if distance(best) > min(3, (len(last(name))+2)/3) {
+		return ""
+	}
+	return best
 }
 
 // edits is the Levenshtein distance, in bytes; a and b are cut so that

@@ -134,8 +134,8 @@ func reread(options map[string]any, key string, into any) error {
 			return fmt.Errorf("option %s: %w", key, err)
 		}
 	}
-	if err := json.Unmarshal(b, into); err != nil {
-		return fmt.Errorf("option %s: %w", key, err)
+	if json.Unmarshal(b, into) != nil {
+		return fmt.Errorf("option %s is not as Docker sends it: %.80q", key, b)
 	}
 	return nil
 }
@@ -156,7 +156,7 @@ func parseIP(s string) (netip.Addr, error) {
 	}
 	a, err := netip.ParseAddr(s)
 	if err != nil {
-		return netip.Addr{}, fmt.Errorf("address %q: %w", s, err)
+		return netip.Addr{}, fmt.Errorf("%.80q is not an IP address: write it as 192.0.2.1", s)
 	}
 	if a.Zone() != "" {
 		return netip.Addr{}, fmt.Errorf("address %q has a zone", s)

@@ -66,13 +66,13 @@ func TestParsePortMap(t *testing.T) {
 		{name: "port too high", entries: `[{"Proto":6,"Port":65536}]`, err: "65536"},
 		{name: "negative", entries: `[{"Proto":6,"Port":80,"HostPort":-1}]`, err: "-1"},
 		{name: "fraction", entries: `[{"Proto":6,"Port":80.5}]`, err: "80.5"},
-		{name: "text", entries: `[{"Proto":"tcp","Port":80}]`, err: "string"},
+		{name: "text", entries: `[{"Proto":"tcp","Port":80}]`, err: "not as Docker sends it"},
 		{name: "backwards", entries: `[{"Proto":6,"Port":80,"HostPort":10,"HostPortEnd":9}]`, err: "10 to 9"},
 		{name: "range from 0", entries: `[{"Proto":6,"Port":80,"HostPort":0,"HostPortEnd":9}]`, err: "0 to 9"},
 		{name: "address", entries: `[{"Proto":6,"Port":80,"HostIP":"localhost"}]`, err: "localhost"},
 		{name: "zone", entries: `[{"Proto":6,"Port":80,"HostIP":"fe80::1%eth0"}]`, err: "zone"},
-		{name: "not a list", entries: `{"Proto":6}`, err: "object"},
-		{name: "list of text", entries: `["80:80"]`, err: "string"},
+		{name: "not a list", entries: `{"Proto":6}`, err: "not as Docker sends it"},
+		{name: "list of text", entries: `["80:80"]`, err: "not as Docker sends it"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			got, err := plugin.ParsePortMap(options(t, `{"com.docker.network.portmap":`+c.entries+`}`))
