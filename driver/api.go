@@ -280,6 +280,7 @@ func (d *Driver) handleDeleteEndpoint(ctx context.Context, req wire.DeleteEndpoi
 	if err := checkIDs(req.NetworkID, req.EndpointID); err != nil {
 		return plugin.Empty{}, err
 	}
+	defer d.giveBack(ctx, req.EndpointID, d.sandboxOf(req.NetworkID, req.EndpointID)) // without the network's lock
 	n, unlock := d.find(req.NetworkID)
 	defer unlock()
 	if n == nil {
@@ -327,7 +328,7 @@ func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin
 			return err
 		}
 		d.mu.Lock()
-		e.joined = true
+		e.joined, e.sandbox = true, req.SandboxKey
 		d.mu.Unlock()
 		d.tell(n, e)
 		resp = joinResponse(d.backends[n.rec.Mode].Attach(n.rec, e.rec).named(e.rec.IfName))
@@ -360,21 +361,36 @@ func joinResponse(at Attachment) plugin.JoinResponse {
 }
 
 func (d *Driver) handleLeave(ctx context.Context, req wire.LeaveRequest) (plugin.Empty, error) {
-	return plugin.Empty{}, d.end(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
+	sandbox := d.sandboxOf(req.NetworkID, req.EndpointID)
+	err := d.end(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
 		return d.leave(ctx, n, e)
 	})
+	d.giveBack(ctx, req.EndpointID, sandbox)
+	return plugin.Empty{}, err
 }
 
 func (d *Driver) handleProgram(ctx context.Context, req plugin.ProgramExternalRequest) (plugin.Empty, error) {
-	return plugin.Empty{}, d.use(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
-		return d.program(ctx, n, e, req.Options)
-	})
+	took, err := d.takeOver(ctx, req.NetworkID, req.EndpointID)
+	if err == nil {
+		err = d.use(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
+			return d.program(ctx, n, e, req.Options)
+		})
+	}
+	if err != nil && took {
+		ctx, cancel := cleanup(ctx)
+		defer cancel()
+		d.giveBack(ctx, req.EndpointID, d.sandboxOf(req.NetworkID, req.EndpointID))
+	}
+	return plugin.Empty{}, err
 }
 
 func (d *Driver) handleRevoke(ctx context.Context, req wire.RevokeExternalConnectivityRequest) (plugin.Empty, error) {
-	return plugin.Empty{}, d.end(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
+	sandbox := d.sandboxOf(req.NetworkID, req.EndpointID)
+	err := d.end(req.NetworkID, req.EndpointID, func(n *network, e *endpoint) error {
 		return d.revoke(ctx, n, e)
 	})
+	d.giveBack(ctx, req.EndpointID, sandbox)
+	return plugin.Empty{}, err
 }
 
 // errUnknown is wrapped where a call needs a network or endpoint that is not

@@ -97,9 +97,11 @@ type Driver struct {
 	pass   sync.Mutex // one Reconcile at a time
 	change sync.Mutex // networks come and go, and repair
 
-	mu       sync.Mutex // over networks, all that hangs on it but the locks, and drift
+	mu       sync.Mutex // over networks, all that hangs on it but the locks, and the rest
 	networks map[string]*network
-	drift    Drift
+	// fallbacks are the endpoints that serve IPv6 with IPv4, by their sandbox.
+	fallbacks map[string]*fallback
+	drift     Drift
 }
 
 type network struct {
@@ -131,6 +133,9 @@ type endpoint struct {
 	unsaved bool // the store may not hold rec
 	loaded  bool // read from the store by this process, not made by it
 	joined  bool // Join was answered by this process
+
+	sandbox string // of the container, from Join
+	yields  bool   // another endpoint of the sandbox has its IPv6 ports; see fallback
 }
 
 // New returns a Driver that knows nothing yet; Recover tells it.
@@ -156,7 +161,7 @@ func New(c Config) (*Driver, error) {
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
 		station: c.Station, chosen: c.Chosen, log: c.Log,
-		now: time.Now, started: time.Now(), networks: map[string]*network{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
+		now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }
 
@@ -211,6 +216,9 @@ func (d *Driver) endpointState(n *network, e *endpoint) datapath.State {
 		return datapath.State{}
 	}
 	s := d.backends[n.rec.Mode].Endpoint(n.rec, e.rec)
+	if e.yields {
+		s.Sockets = without(datapath.State{Sockets: s.Sockets}, datapath.State{Sockets: e.rec.fallbacks()}).Sockets
+	}
 	if e.rec.Left {
 		// The engine moves a sub-interface back to the host and then asks for
 		// its deletion; a veth pair went with Leave.
@@ -550,6 +558,7 @@ func (d *Driver) forget(ctx context.Context, n *network, e *endpoint) error {
 	}
 	d.mu.Lock()
 	n.strike(e)
+	d.strikeFallback(e)
 	d.mu.Unlock()
 	d.share(n)
 	return nil

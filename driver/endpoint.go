@@ -249,6 +249,7 @@ func (d *Driver) save(ctx context.Context, e *endpoint, rec Endpoint) error {
 		return err
 	}
 	e.rec, e.rev, e.unsaved = rec, rev, false
+	d.noteFallback(e)
 	return nil
 }
 
@@ -257,6 +258,7 @@ func (d *Driver) save(ctx context.Context, e *endpoint, rec Endpoint) error {
 func (d *Driver) settle(ctx context.Context, e *endpoint, rec Endpoint) error {
 	d.mu.Lock()
 	e.rec = rec
+	d.noteFallback(e)
 	d.mu.Unlock()
 	return d.save(ctx, e, rec)
 }
@@ -320,6 +322,9 @@ func (d *Driver) program(ctx context.Context, n *network, e *endpoint, options m
 	rec := e.rec
 	rec.Programmed, rec.Ports = true, ports
 	rec.Hairpin = rec.Hairpin || translated(ports)
+	if len(ports) > 0 {
+		rec.Sandbox = e.sandbox
+	}
 	return d.become(ctx, n, e, rec)
 }
 
@@ -351,7 +356,7 @@ func (d *Driver) leave(ctx context.Context, n *network, e *endpoint) error {
 	}
 	rec := e.rec
 	rec.Left, rec.Programmed, rec.Hairpin, rec.Ports = true, false, false, nil
-	rec.Joined, rec.Reach, rec.Host = false, false, nil
+	rec.Joined, rec.Reach, rec.Host, rec.Sandbox = false, false, nil, ""
 	d.mu.Lock()
 	e.joined, e.gone = false, false
 	d.mu.Unlock()

@@ -30,6 +30,7 @@ func (d *Driver) Recover(ctx context.Context) error {
 	if err := d.load(ctx); err != nil {
 		return err
 	}
+	d.findFallbacks()
 	if err := d.hold(ctx); err != nil {
 		return err
 	}
@@ -81,7 +82,7 @@ func (d *Driver) load(ctx context.Context) error {
 			}
 			continue
 		}
-		n.enter(&endpoint{rec: rec, rev: r.Rev, loaded: true})
+		n.enter(&endpoint{rec: rec, rev: r.Rev, loaded: true, sandbox: rec.Sandbox})
 	}
 	d.mu.Lock()
 	d.networks = networks
@@ -146,6 +147,7 @@ func (d *Driver) Reconcile(ctx context.Context) (changed []string, err error) {
 func (d *Driver) reconcile(ctx context.Context, starting bool) ([]string, error) {
 	d.pass.Lock()
 	defer d.pass.Unlock()
+	d.orphans(ctx)
 	p := &pass{d: d, starting: starting}
 	idle, err := p.look(ctx)
 	if err == nil && !idle {

@@ -73,6 +73,9 @@ type Endpoint struct {
 	// were chosen for them, present between Program- and
 	// RevokeExternalConnectivity.
 	Ports []PublishedPort `json:",omitempty"`
+	// Sandbox is the container's network namespace as the engine names it, from
+	// the first published port on: ports can pass between endpoints of one.
+	Sandbox string `json:",omitempty"`
 	// Programmed is set while the endpoint is its container's way out.
 	Programmed bool `json:",omitempty"`
 	// Hairpin is set with the first published port and stays until Leave:

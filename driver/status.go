@@ -138,6 +138,9 @@ func (e *endpoint) status(n Network) EndpointStatus {
 		s.State = "lost"
 	}
 	for _, p := range e.rec.Ports {
+		if e.yields && p.isFallback() {
+			continue
+		}
 		ps := PortStatus{Proto: p.Proto.String(), Container: p.Container, More: p.More}
 		if p.Host.IsValid() {
 			ps.Host = p.Host.String()

@@ -119,7 +119,7 @@ func BenchmarkForgetFlows(b *testing.B) {
 			var waited, walked, library time.Duration
 			for b.Loop() {
 				start := time.Now()
-				k.flows.forget(e, nil)
+				k.flows.forget(b.Context(), e, nil)
 				waited += time.Since(start)
 				k.flows.walks.Wait()
 				walked += time.Since(start)

@@ -58,7 +58,7 @@ func (f *flows) close() {
 }
 
 // forget has the flows forgotten that the change of the elements leaves.
-func (f *flows) forget(published, withdrawn []Element) {
+func (f *flows) forget(ctx context.Context, published, withdrawn []Element) {
 	translated := func(list []Element) []Element {
 		return slices.DeleteFunc(slices.Clone(list), func(e Element) bool { return e.Set != SetPublished || e.Proto != UDP })
 	}
@@ -72,12 +72,13 @@ func (f *flows) forget(published, withdrawn []Element) {
 	f.waiting.withdrawn = append(f.waiting.withdrawn, s.withdrawn...)
 	if !f.walking {
 		f.walking = true
-		f.walks.Go(f.run)
+		ctx = context.WithoutCancel(ctx)
+		f.walks.Go(func() { f.run(ctx) })
 	}
 }
 
 // run walks until nothing is left to be forgotten.
-func (f *flows) run() {
+func (f *flows) run(ctx context.Context) {
 	for {
 		f.mu.Lock()
 		s := f.waiting
@@ -88,18 +89,18 @@ func (f *flows) run() {
 		if !on {
 			return
 		}
-		if err := f.walk(s); err != nil {
+		if err := f.walk(ctx, s); err != nil {
 			f.log.WithError(err).Warn("UDP clients of a port published again may reach its former container")
 		}
 	}
 }
 
 // walk forgets what is stale of both families in one go each.
-func (f *flows) walk(s stale) error {
+func (f *flows) walk(ctx context.Context, s stale) error {
 	if n, err := f.track.count(); err == nil && n == 0 {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), answerTimeout)
+	ctx, cancel := context.WithTimeout(ctx, answerTimeout)
 	defer cancel()
 	local := make(map[netip.Addr]bool)
 	if len(s.published) > 0 {

@@ -239,7 +239,7 @@ func (k *Kernel) ensureElements(ctx context.Context, list []Element, d *done) er
 		}
 	}
 	d.made.Elements = append(d.made.Elements, made...)
-	k.flows.forget(made, nil)
+	k.flows.forget(ctx, made, nil)
 	return nil
 }
 
@@ -395,7 +395,7 @@ func (k *Kernel) Remove(ctx context.Context, s State) error {
 	var errs []error
 	if len(ports) > 0 {
 		errs = append(errs, k.firewall.remove(ctx, ports))
-		k.flows.forget(nil, ports)
+		k.flows.forget(ctx, nil, ports)
 	}
 	for _, x := range s.Sockets {
 		errs = append(errs, k.sockets.release(x))

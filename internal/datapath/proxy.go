@@ -54,8 +54,9 @@ type service struct {
 	end   func() // ends what is under way and waits for it; after
 }
 
-// start serves sock. It returns nil where there is nothing to serve.
-func (p *proxy) start(sock io.Closer, to netip.AddrPort) (*service, error) {
+// start serves sock. It returns nil where there is nothing to serve. ctx is not a
+// call's: the service outlives that.
+func (p *proxy) start(ctx context.Context, sock io.Closer, to netip.AddrPort) (*service, error) {
 	var raw syscall.RawConn
 	var ready func()
 	s := &service{}
@@ -66,10 +67,10 @@ func (p *proxy) start(sock io.Closer, to netip.AddrPort) (*service, error) {
 			return nil, fmt.Errorf("proxy TCP: %w", err)
 		}
 		t := &tcpProxy{proxy: p, raw: raw, to: to}
-		t.ctx, t.cancel = context.WithCancel(context.Background())
+		t.ctx, t.cancel = context.WithCancel(ctx)
 		ready, s.end = t.ready, t.end
 	case *net.UDPConn:
-		u, err := newUDPProxy(p, sock, to)
+		u, err := newUDPProxy(ctx, p, sock, to)
 		if err != nil {
 			return nil, err
 		}
@@ -106,7 +107,7 @@ type tcpProxy struct {
 	*proxy
 	raw    syscall.RawConn // of the listening socket
 	to     netip.AddrPort
-	ctx    context.Context //nolint:containedctx // the port's, of all connections
+	ctx    context.Context // of all connections
 	cancel context.CancelFunc
 	conns  sync.WaitGroup
 	open   int // files; see files.take
@@ -124,7 +125,7 @@ func (t *tcpProxy) ready() {
 		client, err := t.accept()
 		if err != nil && !errors.Is(err, unix.EAGAIN) {
 			t.seldom.warn(t.log.WithError(err).WithField("container", t.to.String()), "accept for a published port")
-			time.Sleep(acceptPause)
+			<-time.After(acceptPause)
 		}
 		if err != nil {
 			return

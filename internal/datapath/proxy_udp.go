@@ -27,6 +27,7 @@ const (
 // udpProxy passes datagrams on, through one connected socket per client.
 type udpProxy struct {
 	*proxy
+	ctx  context.Context
 	sock *net.UDPConn
 	raw  syscall.RawConn
 	to   netip.AddrPort
@@ -44,7 +45,7 @@ type udpClient struct {
 	local netip.Addr
 }
 
-func newUDPProxy(p *proxy, sock *net.UDPConn, to netip.AddrPort) (*udpProxy, error) {
+func newUDPProxy(ctx context.Context, p *proxy, sock *net.UDPConn, to netip.AddrPort) (*udpProxy, error) {
 	raw, err := sock.SyscallConn()
 	if err != nil {
 		return nil, fmt.Errorf("proxy UDP: %w", err)
@@ -60,7 +61,7 @@ func newUDPProxy(p *proxy, sock *net.UDPConn, to netip.AddrPort) (*udpProxy, err
 	if err := errors.Join(err, opt); err != nil {
 		return nil, fmt.Errorf("proxy UDP: ask for destination addresses: %w", err)
 	}
-	return &udpProxy{proxy: p, sock: sock, raw: raw, to: to}, nil
+	return &udpProxy{proxy: p, ctx: ctx, sock: sock, raw: raw, to: to}, nil
 }
 
 // ready passes on a few of the datagrams that wait, so that other ports have
@@ -113,7 +114,7 @@ func (u *udpProxy) session(client udpClient) (*net.UDPConn, error) {
 	if len(u.sessions) >= maxSessions || !u.files.take(1, &u.open) {
 		return nil, fmt.Errorf("%d clients at once", len(u.sessions))
 	}
-	c, err := u.dial(context.Background(), "udp", u.to.String()) // UDP sends nothing for it
+	c, err := u.dial(u.ctx, "udp", u.to.String())
 	server, ok := c.(*net.UDPConn)
 	if err == nil && !ok {
 		err = errors.Join(fmt.Errorf("dial %s: got a %T", u.to, c), c.Close())

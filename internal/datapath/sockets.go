@@ -139,9 +139,10 @@ func (s *sockets) ensure(ctx context.Context, x Socket) (made bool, err error) {
 		return false, nil
 	}
 	var done []hostPort
+	whole := context.WithoutCancel(ctx)
 	for p, to := range x.ports() {
 		if err = ctx.Err(); err == nil {
-			err = s.serveLocked(ctx, p, to)
+			err = s.serveLocked(whole, p, to)
 		}
 		if err != nil {
 			return false, errors.Join(err, s.dropLocked(done...))
@@ -165,7 +166,7 @@ func (s *sockets) serveLocked(ctx context.Context, p hostPort, to netip.AddrPort
 		}
 	}
 	h.to = to
-	if h.service, err = s.proxy.start(h.sock, to); err != nil {
+	if h.service, err = s.proxy.start(ctx, h.sock, to); err != nil {
 		return errors.Join(fmt.Errorf("%s: %w", p, err), s.dropLocked(p))
 	}
 	return nil
