@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -40,7 +41,7 @@ type disk interface {
 
 // host is what the cluster asks of the host's network.
 type hostNetwork interface {
-	Underlay(ctx context.Context, want string) (datapath.Underlay, error)
+	Underlay(ctx context.Context, want string, peers ...netip.Addr) (datapath.Underlay, error)
 	Announce(link string, a netip.Addr, mac datapath.MAC) error
 }
 
@@ -85,6 +86,8 @@ type Cluster struct {
 	engine   Engine     // nil until it runs
 	underlay netip.Addr
 	join     Join
+	looking  sync.Mutex        // over looked
+	looked   map[string]lookup // peers' names
 	joining  sync.Mutex        // one change of join at a time; before mu
 	self     netip.Addr        // this node's data address, by the swarm
 	vnis     map[string]uint32 // of the swarm's networks, on its leader
@@ -108,7 +111,7 @@ type network struct {
 func New(ctx context.Context, c Config) (*Cluster, error) {
 	x := &Cluster{
 		c: c, table: NewTable(c.Host, c.Grace), wake: make(chan struct{}, 1), join: c.Join,
-		vnis: map[string]uint32{}, networks: map[uint32]*network{}, saved: map[uint32]store.Record{},
+		vnis: map[string]uint32{}, networks: map[uint32]*network{}, saved: map[uint32]store.Record{}, looked: map[string]lookup{},
 	}
 	if err := x.loadSwarm(ctx); err != nil {
 		return nil, err
@@ -313,7 +316,8 @@ func (c *Cluster) Remote(n driver.Network) datapath.State {
 	return c.backend.remote(n, c.table.View(n.VNI))
 }
 
-// where is the address of this host that other hosts reach it at.
+// where is the address of this host that other hosts reach it at: what the
+// settings or the swarm name, else that toward the peers.
 func (c *Cluster) where(ctx context.Context) (datapath.Underlay, error) {
 	want := c.c.Underlay
 	c.mu.Lock()
@@ -321,7 +325,46 @@ func (c *Cluster) where(ctx context.Context) (datapath.Underlay, error) {
 		want = c.self.String()
 	}
 	c.mu.Unlock()
-	return c.c.Network.Underlay(ctx, want)
+	if want != "" {
+		return c.c.Network.Underlay(ctx, want)
+	}
+	return c.c.Network.Underlay(ctx, "", c.peerAddrs(ctx)...)
+}
+
+// peerAddrs are the addresses of the peers of the settings, in their order. A name
+// that cannot be looked up has those that it had.
+func (c *Cluster) peerAddrs(ctx context.Context) (list []netip.Addr) {
+	c.looking.Lock()
+	defer c.looking.Unlock()
+	ctx, cancel := context.WithTimeout(ctx, askTime)
+	defer cancel()
+	for _, text := range c.c.Join.Peers {
+		host := text
+		if h, _, err := net.SplitHostPort(text); err == nil {
+			host = h
+		}
+		if a, err := netip.ParseAddr(host); err == nil {
+			list = append(list, a.Unmap())
+			continue
+		}
+		if found := c.looked[host]; time.Since(found.at) > resolveAge {
+			if addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host); err == nil {
+				c.looked[host] = lookup{addrs: addrs, at: time.Now()}
+			} else { // tried again soon, but not by whoever asks next
+				c.looked[host] = lookup{addrs: found.addrs, at: time.Now().Add(lookTime - resolveAge)}
+			}
+		}
+		for _, a := range c.looked[host].addrs {
+			list = append(list, a.Unmap())
+		}
+	}
+	return list
+}
+
+// lookup is what a name of a peer meant.
+type lookup struct {
+	addrs []netip.Addr
+	at    time.Time
 }
 
 // Run keeps this host in touch with the others, and the kernel with what they

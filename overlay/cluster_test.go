@@ -30,6 +30,7 @@ type bench struct {
 	under     datapath.Underlay
 	others    []Part // the answers to Ask
 	announced []string
+	peers     string // what Underlay was last asked for
 	followed  []uint32
 	rehomed   []netip.Addr
 	engines   []string // "address keys peers" of each that was started
@@ -93,10 +94,11 @@ func (b *bench) Ask(context.Context, uint32) ([]Part, error) {
 	return b.others, nil
 }
 
-func (b *bench) Underlay(_ context.Context, want string) (datapath.Underlay, error) {
+func (b *bench) Underlay(_ context.Context, want string, peers ...netip.Addr) (datapath.Underlay, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	u := b.under
+	b.peers = fmt.Sprint(want, peers)
 	if a, err := netip.ParseAddr(want); err == nil {
 		u.Addr = a
 	}
@@ -293,6 +295,25 @@ func TestConflict(t *testing.T) {
 }
 
 // TestUnderlayMoves starts another engine on the other address.
+// TestUnderlayLeadsToPeers, unless the settings or the swarm name another.
+func TestUnderlayLeadsToPeers(t *testing.T) {
+	b := newBench(t)
+	b.start(Join{Peers: []string{"192.0.2.7", "[2001:db8::7]:99", "192.0.2.8:7950", "localhost"}})
+	if _, err := b.c.where(t.Context()); err != nil || !strings.HasPrefix(b.peers, "[192.0.2.7 2001:db8::7 192.0.2.8 ") || !strings.Contains(b.peers, "127.0.0.1") {
+		t.Errorf("asked for %s, %v", b.peers, err)
+	}
+	if err := b.c.Discover(t.Context(), netip.MustParseAddr("192.0.2.1"), true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.c.where(t.Context()); err != nil || b.peers != "192.0.2.1[]" {
+		t.Errorf("in a swarm asked for %s, %v", b.peers, err)
+	}
+	b.c.c.Underlay = "eth7"
+	if _, err := b.c.where(t.Context()); err != nil || b.peers != "eth7[]" {
+		t.Errorf("with UNDERLAY asked for %s, %v", b.peers, err)
+	}
+}
+
 func TestUnderlayMoves(t *testing.T) {
 	b := newBench(t)
 	b.start(Join{Keys: [][]byte{make([]byte, keyLen)}})

@@ -30,7 +30,7 @@ func (p program) serve(ctx context.Context, args []string) error {
 	fs.StringVar(&s.scope, "scope", p.env("SCOPE"), "local, or global for networks of a whole swarm (SCOPE; default local)")
 	fs.StringVar(&s.instance, "instance", p.env("INSTANCE"), "what keeps two wefts on one host apart (INSTANCE; default local or global, by SCOPE)")
 	fs.StringVar(&s.peers, "peers", p.env("PEERS"), "other hosts of the cluster: host[:port],... (PEERS)")
-	fs.StringVar(&s.underlay, "underlay", p.env("UNDERLAY"), "interface or address that carries traffic between hosts (UNDERLAY; default: that of the default route)")
+	fs.StringVar(&s.underlay, "underlay", p.env("UNDERLAY"), "interface or address that carries traffic between hosts (UNDERLAY; default: the one that leads to PEERS, else that of the default route)")
 	fs.StringVar(&s.grace, "grace", p.env("GRACE"), "how long what leads to a silent host stays (GRACE; default 10m)")
 	fs.StringVar(&s.gossipPort, "gossip-port", p.env("GOSSIP_PORT"), "port, TCP and UDP, on which hosts tell each other what they have (GOSSIP_PORT; default 7947, with SCOPE=global 7948)")
 	fs.StringVar(&s.store.Endpoints, "store", p.env("STORE"), "etcd://host:2379,... puts what hosts share into etcd, etcds:// with TLS (STORE; default: files of this host, and PEERS)")

@@ -160,13 +160,18 @@ type Underlay struct {
 
 // Underlay finds what want names: an address of this host, or an interface, of
 // which it takes the first IPv4 address or else the first IPv6 address; "" is
-// the interface of the default route with the lowest metric, IPv4 before IPv6.
-func (k *Kernel) Underlay(ctx context.Context, want string) (Underlay, error) {
+// the interface that leads to the peers, else that of the default route with the
+// lowest metric, IPv4 before IPv6.
+func (k *Kernel) Underlay(ctx context.Context, want string, peers ...netip.Addr) (Underlay, error) {
 	all, err := k.links.list(ctx)
 	if err != nil {
 		return Underlay{}, fmt.Errorf("list links: %w", err)
 	}
 	if want == "" {
+		u, ok, err := k.links.toward(ctx, all, peers)
+		if ok || err != nil {
+			return u, err
+		}
 		return k.links.defaultUnderlay(ctx, all)
 	}
 	if a, err := netip.ParseAddr(want); err == nil {
@@ -196,6 +201,38 @@ func (k *Kernel) Underlay(ctx context.Context, want string) (Underlay, error) {
 	return Underlay{Addr: list[0].Addr(), Link: want, MTU: own.mtu}, nil
 }
 
+// toward finds what leads to the first of the peers that there is a route to. A list
+// that is the same on all hosts has this one in it, too.
+func (l *links) toward(ctx context.Context, all []link, peers []netip.Addr) (u Underlay, ok bool, err error) {
+	addrs, err := l.lasting(ctx)
+	if err != nil {
+		return u, false, err
+	}
+	for _, p := range peers {
+		routes, err := l.lib.RouteGet(p.AsSlice())
+		if err != nil || len(routes) == 0 || routes[0].Type != unix.RTN_UNICAST {
+			continue // none, or this host itself
+		}
+		i := slices.IndexFunc(all, func(o link) bool { return o.index == routes[0].LinkIndex })
+		if i < 0 || all[i].ours() {
+			continue
+		}
+		src, _ := netip.AddrFromSlice(routes[0].Src)
+		src = src.Unmap()
+		own := addrs[all[i].index]
+		same := slices.IndexFunc(own, func(o netip.Prefix) bool { return o.Addr().Is4() == p.Is4() })
+		switch {
+		case slices.ContainsFunc(own, func(o netip.Prefix) bool { return o.Addr() == src }), p.Is4() && src.IsGlobalUnicast():
+		case same >= 0: // the kernel prefers a temporary address (RFC 8981)
+			src = own[same].Addr()
+		default:
+			continue
+		}
+		return Underlay{Addr: src, Link: all[i].name, MTU: all[i].mtu}, true, nil
+	}
+	return u, false, nil
+}
+
 func (l *links) defaultUnderlay(ctx context.Context, all []link) (Underlay, error) {
 	routes, err := l.routes(ctx, unix.RT_TABLE_MAIN)
 	if err != nil {
@@ -207,7 +244,7 @@ func (l *links) defaultUnderlay(ctx context.Context, all []link) (Underlay, erro
 	}
 	best := wayOut(routes)
 	if best == nil {
-		return Underlay{}, fmt.Errorf("underlay: this host has no default route: name an interface or an address, it has %s", underlays(all, addrs))
+		return Underlay{}, fmt.Errorf("underlay: this host has no default route, and none to PEERS: set UNDERLAY to an interface or an address of it, one of %s", underlays(all, addrs))
 	}
 	src, _ := netip.AddrFromSlice(best.Src)
 	src = src.Unmap()
@@ -224,7 +261,7 @@ func (l *links) defaultUnderlay(ctx context.Context, all []link) (Underlay, erro
 			}
 		}
 	}
-	return Underlay{}, fmt.Errorf("underlay: the default route's interface has no address that other hosts could use: name another or an address, this host has %s", underlays(all, addrs))
+	return Underlay{}, fmt.Errorf("underlay: the default route's interface has no address that other hosts could use: set UNDERLAY to one of %s", underlays(all, addrs))
 }
 
 // underlayOf finds the interface that has an address.

@@ -43,6 +43,23 @@ func TestUnderlay(t *testing.T) {
 	check("192.0.1.6", "192.0.1.6", "l1", 1400)
 	check("::ffff:192.0.1.6", "192.0.1.6", "l1", 1400)
 	check("2001:db8:3::9", "2001:db8:3::9", "l3", 1500)
+	toward := func(peer, addr, link string, mtu int) {
+		t.Helper()
+		got, err := k.Underlay(t.Context(), "", lanAddr("203.0.113.77"), lanAddr("192.0.2.5"), lanAddr(peer))
+		if err != nil || got != (Underlay{Addr: lanAddr(addr), Link: link, MTU: mtu}) {
+			t.Errorf("underlay toward %s: %v, %v, want %s on %s", peer, got, err, addr, link)
+		}
+	}
+	host.Exec("sh", "-ec", "ip route flush default; ip -6 route flush default")
+	toward("192.0.2.9", "192.0.2.5", "l2", 9000)
+	toward("198.51.100.9", "198.51.100.6", "l1", 1400)
+	toward("2001:db8:3::1", "2001:db8:3::5", "l3", 1500)
+	host.Exec("ip", "route", "add", "203.0.113.128/25", "via", "192.0.1.1")
+	toward("203.0.113.200", "192.0.1.5", "l1", 1400)
+	host.Exec("ip", "route", "add", "default", "via", "192.0.1.1")
+	if got, err := k.Underlay(t.Context(), "", lanAddr("192.0.2.9")); err != nil || got.Link != "l2" {
+		t.Errorf("a peer beside the default route: %v, %v", got, err)
+	}
 	refuse("l9", "l9", "no such interface", "l1 (192.0.1.5)", "l3 (2001:db8:3::5)")
 	refuse("l4", "l4", "no address", "l1 (192.0.1.5)")
 	refuse("192.0.2.99", "192.0.2.99", "does not have", "l2 (192.0.2.5)")
