@@ -96,7 +96,7 @@ func (d *Driver) settleGateways(ctx context.Context, n *Network, modern bool) er
 	if err != nil {
 		return err
 	}
-	if n.onParent() && l.Name != "" && usable(l.LinkFacts) != nil {
+	if n.onParent() && l.Name != "" && usable(l.LinkFacts, false) != nil {
 		return nil // refused as soon as it is looked for
 	}
 	d.mu.Lock()

@@ -75,7 +75,7 @@ func (d *Driver) parents(ctx context.Context, rec *Network, name string) (datapa
 		}
 		if ok && (!f.Ours || f.Kind != "vlan") {
 			rec.Parents = append([]datapath.Parent{{Name: name, Existing: true}}, made...)
-			return f, usable(f)
+			return f, usable(f, len(made) > 0)
 		}
 		parts, err := vlanParts(name)
 		if err != nil {
@@ -89,8 +89,10 @@ func (d *Driver) parents(ctx context.Context, rec *Network, name string) (datapa
 	}
 }
 
-// usable refuses a link that cannot be a parent.
-func usable(f datapath.LinkFacts) error {
+// usable refuses a link that cannot be a parent. One that is down can: its
+// sub-interfaces work once it is up, and until then status says so. The kernel sets
+// no VLAN sub-interface up on it, though.
+func usable(f datapath.LinkFacts, vlan bool) error {
 	switch {
 	case f.Name == "lo":
 		return errors.New("parent lo is the loopback interface, which leads to no LAN: name a network card")
@@ -98,8 +100,8 @@ func usable(f datapath.LinkFacts) error {
 		return fmt.Errorf("parent %s belongs to another network of this plugin: name a network card, or leave the parent out", f.Name)
 	case f.Master != "":
 		return fmt.Errorf("parent %s is a port of %s: use parent=%s, or mode=bridge with bridge=%s", f.Name, f.Master, f.Master, f.Master)
-	case !f.Up:
-		return fmt.Errorf("parent %s is down: run ip link set %s up", f.Name, f.Name)
+	case !f.Up && vlan:
+		return fmt.Errorf("VLAN on %s: the interface is down: run ip link set %s up", f.Name, f.Name)
 	}
 	return nil
 }

@@ -122,7 +122,7 @@ func TestParentRefused(t *testing.T) {
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0.x"}`, []string{"eth0.x", "VLAN ID"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0.4095"}`, []string{"4095", "1 to 4094"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0.1.2.3"}`, []string{"more than two VLAN tags"}},
-		{"10.2.0.0/24", `{"mode":"macvlan","parent":"down0"}`, []string{"down0 is down", "ip link set down0 up"}},
+		{"10.2.0.0/24", `{"mode":"macvlan","parent":"down0.5"}`, []string{"VLAN on down0", "is down", "ip link set down0 up"}},
 		{"10.2.0.0/24", `{"mode":"ipvlan","parent":"port0"}`, []string{"port0 is a port of br0", "parent=br0", "bridge=br0"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"lo"}`, []string{"loopback"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"wfv1"}`, []string{"wfv1 belongs to another network"}},
@@ -301,13 +301,36 @@ func TestHostAddressInUse(t *testing.T) {
 	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
 }
 
+// TestParentDown: a network on a card that is down or has gone is made, and status says
+// why its containers reach nobody.
+func TestParentDown(t *testing.T) {
+	r := newRig(t)
+	r.host.card(datapath.LinkFacts{Name: "down0", MTU: 1500})
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"down0"}`))
+	warning := func() string {
+		t.Helper()
+		s, err := r.d.Status(t.Context())
+		if err != nil || len(s.Networks) != 1 {
+			t.Fatal(s, err)
+		}
+		return s.Networks[0].Warning
+	}
+	if got, want := warning(), "parent down0 is down: run ip link set down0 up"; got != want {
+		t.Errorf("status says %q, want %q", got, want)
+	}
+	r.host.card(datapath.LinkFacts{Name: "down0", Up: true, MTU: 1500})
+	if got := warning(); got != "" {
+		t.Errorf("status says %q of one that is up", got)
+	}
+}
+
 // TestAnnounce: the LAN hears of an endpoint three times, and no more when it is
-// gone; nobody hears of one that is on no LAN.
+// gone; those on a bridge of ours hear of one once.
 func TestAnnounce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		k := newFakeKernel(&faults{})
 		h := newFakeHost(k, 1500)
-		d := &Driver{host: h, lan: h, log: quiet(), networks: map[string]*network{}, news: make(chan news, mostNews)}
+		d := &Driver{host: h, lan: h, log: quiet(), networks: map[string]*network{}, backends: allBackends(), news: make(chan news, mostNews)}
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- d.Announce(ctx) }()
@@ -322,10 +345,10 @@ func TestAnnounce(t *testing.T) {
 		}
 		n, e := add(net1, Options{Parent: "eth0", NoProbe: true}, modeMacvlan)
 		gone, left := add(net2, Options{Bridge: "br0"}, modeBridge)
-		none, nobody := add(net3, Options{}, modeBridge)
+		plain, one := add(net3, Options{}, modeBridge)
 		d.tell(n, e)
 		d.tell(gone, left)
-		d.tell(none, nobody)
+		d.tell(plain, one)
 		time.Sleep(announceInterval / 2)
 		d.mu.Lock()
 		left.rec.Left = true
@@ -339,7 +362,8 @@ func TestAnnounce(t *testing.T) {
 		for _, a := range h.announced {
 			count[a]++
 		}
-		want := map[string]int{"eth0 10.1.0.2 02:02:00:00:00:00": 3, "eth0 fd00:1::2 02:02:00:00:00:00": 3, "br0 10.1.0.2 02:02:00:00:00:00": 1, "br0 fd00:1::2 02:02:00:00:00:00": 1}
+		want := map[string]int{"eth0 10.1.0.2 02:02:00:00:00:00": 3, "eth0 fd00:1::2 02:02:00:00:00:00": 3, "br0 10.1.0.2 02:02:00:00:00:00": 1, "br0 fd00:1::2 02:02:00:00:00:00": 1,
+			bridgeName(net3) + " 10.1.0.2 02:02:00:00:00:00": 1, bridgeName(net3) + " fd00:1::2 02:02:00:00:00:00": 1}
 		if !maps.Equal(count, want) {
 			t.Errorf("announced %v, want %v", count, want)
 		}

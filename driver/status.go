@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"fmt"
 	"net/netip"
 	"slices"
 	"strings"
@@ -33,6 +34,8 @@ type NetworkStatus struct {
 	Subnets   []SubnetStatus `json:"subnets"`
 	Endpoints int            `json:"endpoints"`
 	Created   time.Time      `json:"created"`
+	// Warning says why containers cannot be reached although all is as recorded.
+	Warning string `json:"warning,omitempty"`
 }
 
 // SubnetStatus is one subnet of a network.
@@ -75,7 +78,27 @@ type Drift struct {
 }
 
 // Status reports all networks and endpoints, sorted by ID.
-func (d *Driver) Status(context.Context) (Status, error) {
+func (d *Driver) Status(ctx context.Context) (Status, error) {
+	s := d.tables()
+	for i, n := range s.Networks {
+		if n.Mode != modeMacvlan && n.Mode != modeIPvlan {
+			continue
+		}
+		f, ok, err := d.host.Link(ctx, n.Link)
+		switch {
+		case err != nil:
+			s.Networks[i].Warning = err.Error()
+		case !ok:
+			s.Networks[i].Warning = fmt.Sprintf("parent %s does not exist", n.Link)
+		case !f.Up:
+			s.Networks[i].Warning = fmt.Sprintf("parent %s is down: run ip link set %s up", n.Link, n.Link)
+		}
+	}
+	return s, nil
+}
+
+// tables is what the driver knows by itself.
+func (d *Driver) tables() Status {
 	s := Status{Networks: []NetworkStatus{}, Endpoints: []EndpointStatus{}}
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -102,7 +125,7 @@ func (d *Driver) Status(context.Context) (Status, error) {
 	}
 	slices.SortFunc(s.Networks, func(a, b NetworkStatus) int { return strings.Compare(a.ID, b.ID) })
 	slices.SortFunc(s.Endpoints, func(a, b EndpointStatus) int { return strings.Compare(a.ID, b.ID) })
-	return s, nil
+	return s
 }
 
 func (n *network) status() NetworkStatus {

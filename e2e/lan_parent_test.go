@@ -25,7 +25,7 @@ var refusals = []refusal{
 	{"-o mode=macvlan -o parent=lan0.10.20.30", []string{"lan0.10.20.30", "two VLAN tags"}},
 	{"-o mode=macvlan -o parent=port0", []string{"port0", "br9", "parent=br9", "bridge=br9"}},
 	{"-o mode=ipvlan -o parent=port0", []string{"port0", "br9", "parent=br9", "bridge=br9"}},
-	{"-o mode=macvlan -o parent=down0", []string{"down0", "is down", "ip link set down0 up"}},
+	{"-o mode=macvlan -o parent=down0.5", []string{"down0", "is down", "ip link set down0 up"}},
 	{"-o mode=macvlan -o parent=lo", []string{"lo", "loopback"}},
 	{"-o mode=macvlan -o parent=wfbours", []string{"wfbours", "of this plugin"}},
 	{"-o mode=macvlan -o parent=a-name-that-is-too-long", []string{"parent", "15"}},

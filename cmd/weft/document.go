@@ -92,6 +92,7 @@ func table(w io.Writer, rows [][]string) error {
 }
 
 func (d document) networks() [][]string {
+	var lines [][]string
 	rows := [][]string{{"NETWORK", "MODE", "VNI", "LINK", "SUBNETS", "GATEWAYS", "MTU", "EGRESS", "INTERNAL", "ENDPOINTS"}}
 	for _, n := range d.Networks {
 		vni := "-"
@@ -106,8 +107,11 @@ func (d document) networks() [][]string {
 		rows = append(rows, []string{
 			short(n.ID), n.Mode, vni, orDash(n.Link), list(pools), list(gateways), fmt.Sprint(n.MTU), string(n.Egress), yesNo(n.Internal), fmt.Sprint(n.Endpoints),
 		})
+		if n.Warning != "" {
+			lines = append(lines, []string{fmt.Sprintf("! network %s: %s", short(n.ID), n.Warning)})
+		}
 	}
-	return rows
+	return append(rows, lines...)
 }
 
 func (d document) endpoints() [][]string {

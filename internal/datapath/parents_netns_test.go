@@ -1,13 +1,17 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/internal/netnstest"
 )
@@ -259,8 +263,34 @@ func TestLANMacvlanFailingLeavesNothing(t *testing.T) {
 	}
 }
 
+// TestLANParentDown: what hangs on a card that is down works once it is up.
+func TestLANParentDown(t *testing.T) {
+	k, host, station := lanWorld(t)
+	host.Exec("ip", "link", "set", "lan0", "down")
+	s := lanNetwork()
+	ensure(t, k, s)
+	box := netnstest.New(t)
+	box.Take("wfa", "eth0", prefix("192.0.2.5/24"), prefix("2001:db8:1::5/64"))
+	box.Exec("sh", "-ec", "ip route add 169.254.7.7 dev eth0; ip route add 192.0.2.10 via 169.254.7.7") // as Join answers
+	host.Exec("ip", "link", "set", "lan0", "up")
+	if lines := ensure(t, k, State{Parents: s.Parents, Children: s.Children[:1], Routes: s.Routes}); len(lines) != 0 {
+		t.Errorf("to be mended when the card is up: %q", lines)
+	}
+	for name, from := range map[string]*netnstest.NS{"the host": host, "a station": station} {
+		from.Do(func() {
+			c, err := net.DialTimeout("tcp", "192.0.2.5:9", 5*time.Second)
+			if err == nil {
+				_ = c.Close()
+			}
+			if !errors.Is(err, unix.ECONNREFUSED) { // by the container, which listens nowhere
+				t.Errorf("%s does not reach it: %v", name, err)
+			}
+		})
+	}
+}
+
 // TestLANAnnounce: a station that knows another one under the address learns the
-// new one at once.
+// new one at once, and so does the host.
 func TestLANAnnounce(t *testing.T) {
 	k, host, lan := lanWorld(t)
 	own := strings.Fields(host.Exec("ip", "-br", "link", "show", "lan0"))[2]
@@ -270,6 +300,7 @@ func TestLANAnnounce(t *testing.T) {
 			want string
 		}{{mac(5), mac(5).String()}, {MAC{}, own}} {
 			lan.Exec("ip", "neigh", "replace", a, "lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "stale")
+			host.Exec("ip", "neigh", "replace", a, "lladdr", "02:00:00:00:00:99", "dev", "lan0", "nud", "reachable")
 			if err := k.Announce("lan0", lanAddr(a), c.mac); err != nil {
 				t.Fatal(err)
 			}
@@ -280,6 +311,24 @@ func TestLANAnnounce(t *testing.T) {
 			if !strings.Contains(got, c.want) {
 				t.Errorf("%s is known as %s, want %s", a, got, c.want)
 			}
+			if got := host.Exec("ip", "neigh", "show", a); !strings.Contains(got, c.want) {
+				t.Errorf("the host knows %s as %s, want %s", a, got, c.want)
+			}
+		}
+		// What somebody set for good stays, and the host learns of nobody it never met.
+		host.Exec("ip", "neigh", "replace", a, "lladdr", "02:00:00:00:00:99", "dev", "lan0", "nud", "permanent")
+		if err := k.Announce("lan0", lanAddr(a), mac(5)); err != nil {
+			t.Fatal(err)
+		}
+		if got := host.Exec("ip", "neigh", "show", a); !strings.Contains(got, "02:00:00:00:00:99") {
+			t.Errorf("the permanent entry of %s is now %s", a, got)
+		}
+		host.Exec("ip", "neigh", "del", a, "dev", "lan0")
+		if err := k.Announce("lan0", lanAddr(a), mac(5)); err != nil {
+			t.Fatal(err)
+		}
+		if got := host.Exec("ip", "neigh", "show", a); strings.Contains(got, "lladdr") {
+			t.Errorf("the host has an entry for %s that it did not ask for: %s", a, got)
 		}
 	}
 	wantError(t, k.Announce("none", lanAddr("192.0.2.5"), mac(5)), "none", "does not exist")
