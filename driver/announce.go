@@ -15,26 +15,36 @@ const (
 	mostNews = 1024
 )
 
-// news is an endpoint that the LAN has to hear of.
+// news is an endpoint that others have to hear of.
 type news struct {
 	network, endpoint string
+	link              string // on which they are
 	left              int
 	at                time.Time
 }
 
-// tell lets Announce know of an endpoint that was just joined.
+// tell lets Announce know of an endpoint that was just joined. Those on a LAN are
+// announced several times, since its stations may be asleep or far away; those on a
+// bridge of ours once, before the engine has moved their interface: a later
+// advertisement would reach the container itself, whose kernel complains that
+// somebody else has its address.
 func (d *Driver) tell(n *network, e *endpoint) {
-	if n.rec.onLAN() == "" {
-		return
+	x := news{network: n.rec.ID, endpoint: e.rec.ID, link: n.rec.onLAN(), left: announceTimes}
+	if x.link == "" {
+		v, ok := veth(d.backends[n.rec.Mode].Endpoint(n.rec, e.rec), hostEnd(e.rec.ID))
+		if !ok {
+			return
+		}
+		x.link, x.left = v.Master, 1
 	}
 	select {
-	case d.news <- news{network: n.rec.ID, endpoint: e.rec.ID, left: announceTimes}:
+	case d.news <- x:
 	default:
 	}
 }
 
-// Announce tells the LAN of endpoints that were joined, until ctx ends: its
-// stations may remember another one under the address.
+// Announce tells the neighbours of endpoints that were joined, until ctx ends:
+// they may remember another station under the address.
 func (d *Driver) Announce(ctx context.Context) error {
 	var queue []news // in the order of their time
 	for {
@@ -59,7 +69,7 @@ func (d *Driver) Announce(ctx context.Context) error {
 	}
 }
 
-// announce tells the LAN once, if the endpoint is still there.
+// announce tells the neighbours once, if the endpoint is still there.
 func (d *Driver) announce(x news) {
 	d.mu.Lock()
 	n := d.networks[x.network]
@@ -72,10 +82,10 @@ func (d *Driver) announce(x news) {
 		d.mu.Unlock()
 		return
 	}
-	link, rec := n.rec.onLAN(), e.rec
+	rec := e.rec
 	d.mu.Unlock()
 	for _, a := range rec.Addrs {
-		if err := d.lan.Announce(link, a.Addr(), rec.MAC); err != nil {
+		if err := d.lan.Announce(x.link, a.Addr(), rec.MAC); err != nil {
 			d.log.WithField("network", x.network).WithError(err).Debug("an address was not announced")
 		}
 	}

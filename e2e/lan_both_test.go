@@ -62,3 +62,25 @@ func checkBoth(t *testing.T, w *world) {
 	e.net(t, "ip", "addr", "del", beside6+"/64", "dev", "lan0")
 	w.learnHop() // that of lan is the only one again
 }
+
+// checkMoved has an address of a bridge network come back with another MAC address:
+// whoever knows the old one learns the new one at once.
+func checkMoved(t *testing.T, w *world) {
+	t.Helper()
+	args := []string{"--network", "bridged", "--ip", "10.201.0.77"}
+	probes := []probe{
+		{name: "from a container", ask: dial("gamma", "tcp", "moved:80", "-wait", "3s"), want: "moved sees gamma"},
+		{name: "from the host", ask: dial("host", "tcp", "moved:80", "-wait", "3s"), want: "moved sees gw.bridged"},
+	}
+	w.run("moved", args...)
+	w.look()
+	w.settle()
+	w.check("an address: ", probes...)
+	w.e.must(t, "rm", "-f", "moved")
+	w.e.run(w, "moved", append(args, "--mac-address", "02:00:00:00:77:77")...)
+	w.look()
+	w.settle()
+	w.check("the address with another MAC: ", probes...)
+	w.e.must(t, "rm", "-f", "moved")
+	w.boxes = w.boxes[:len(w.boxes)-1]
+}

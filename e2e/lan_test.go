@@ -110,6 +110,7 @@ func TestLANAccess(t *testing.T) {
 		t.Errorf("routes to two containers:\n%s", out)
 	}
 	checkBoth(t, w)
+	checkMoved(t, w)
 
 	e.killPlugin(t)
 	w.check("while the plugin is dead: ", accessProbes("host")[:6]...)

@@ -1,16 +1,19 @@
 package datapath
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"net/netip"
 
+	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 )
 
-// Announce tells the LAN on a link, by one unsolicited frame, that a station
-// there has an address: an ARP announcement (RFC 5227, section 3) or an
+// Announce tells the stations on a link, by one unsolicited frame, and the host
+// itself, that one of them has an address: an ARP announcement (RFC 5227, section 3) or an
 // unsolicited neighbour advertisement (RFC 4861, section 7.2.6). Whoever knew
 // another one under that address knows better then. The zero MAC is the link's
 // own. It returns at once, and one that is lost is lost.
@@ -32,7 +35,35 @@ func (k *Kernel) Announce(link string, a netip.Addr, mac MAC) error {
 	if err != nil && !errors.Is(err, unix.ENOBUFS) && !errors.Is(err, unix.ENETDOWN) {
 		return fmt.Errorf("announce %s on %s: %w", a, link, err)
 	}
+	if err := k.links.change.hear(own.index, a, mac); err != nil {
+		return fmt.Errorf("announce %s on %s to the host: %w", a, link, err)
+	}
 	return nil
+}
+
+// hear does for the host what the announcement does for others: nobody hears
+// what he says himself. An entry that somebody made for good stays, and none is
+// made.
+func (c *rtnl) hear(index int, a netip.Addr, mac MAC) error {
+	n := neigh{family: unix.AF_INET6, index: index, dst: a, mac: mac, state: unix.NUD_STALE}
+	if a.Is4() {
+		n.family = unix.AF_INET
+	}
+	ask := nl.NewNetlinkRequest(unix.RTM_GETNEIGH, 0)
+	ask.AddData(&netlink.Ndmsg{Family: n.family, Index: uint32(index)})
+	ask.AddData(nl.NewRtAttr(unix.NDA_DST, a.AsSlice()))
+	have, err := c.neighs(ask, index)
+	if errors.Is(err, unix.ENOENT) || err == nil && (len(have) == 0 || have[0].mac == mac || have[0].state&(unix.NUD_PERMANENT|unix.NUD_NOARP) != 0) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	answers, err := c.serve(context.Background(), []*nl.NetlinkRequest{n.request(unix.RTM_NEWNEIGH, unix.NLM_F_REPLACE)})
+	if err == nil && !absent(answers[0]) {
+		err = answers[0]
+	}
+	return err
 }
 
 // announcement is the whole frame: its source is the station announced, so
