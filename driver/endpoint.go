@@ -319,6 +319,9 @@ func (d *Driver) program(ctx context.Context, n *network, e *endpoint, options m
 	if err != nil {
 		return err
 	}
+	if !e.rec.Programmed {
+		d.tellRouted(e.rec, wishes)
+	}
 	rec := e.rec
 	rec.Programmed, rec.Ports = true, ports
 	rec.Hairpin = rec.Hairpin || translated(ports)

@@ -158,6 +158,18 @@ func (w wish) followedBy(o wish) bool {
 	return true
 }
 
+// tellRouted says of host ports that nobody will answer at: with gateway mode
+// routed there is no translation, and what they were to lead to is open at the
+// container's own address.
+func (d *Driver) tellRouted(e Endpoint, wishes []wish) {
+	for _, w := range wishes {
+		if w.first == 0 || slices.ContainsFunc(w.targets, func(t target) bool { return t.host.IsValid() }) {
+			continue
+		}
+		d.log.WithField("endpoint", e.ID).Infof("publish %s: gateway mode routed has no host ports: host port %d leads nowhere, the container is reached at %s", w, w.first, w.targets[0].to)
+	}
+}
+
 // freedom is how many ports would do.
 func (w wish) freedom() int {
 	if w.first == 0 {

@@ -198,3 +198,34 @@ func TestSameNumberForBothFamilies(t *testing.T) {
 		t.Errorf("not published:\n%s", r.kernel.text())
 	}
 }
+
+// TestRoutedPortsAreTold: a host port that gateway mode routed does not have is said
+// once for each start, and one that exists for one family is not.
+func TestRoutedPortsAreTold(t *testing.T) {
+	r := newRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"com.docker.network.bridge.gateway_mode_ipv4":"routed"}`))
+	r.must("CreateNetwork", createNetwork(net2, "10.2.0.0/24", ""))
+	for network, want := range map[string][]string{
+		net1: {"publish port 80/tcp: gateway mode routed has no host ports: host port 8080 leads nowhere, the container is reached at 10.1.0.2:80"},
+		net2: nil,
+	} {
+		addr := map[string]string{net1: "10.1.0.2/24", net2: "10.2.0.2/24"}[network]
+		r.must("CreateEndpoint", createEndpoint(network, ep1, addr, ""))
+		r.must("Join", joinBody(network, ep1))
+		r.log.Reset()
+		for range 2 {
+			r.must("ProgramExternalConnectivity", program(network, ep1, binding(6, 80, "", 8080, 8080), binding(17, 53, "", 0, 0)))
+		}
+		var said []string
+		for _, e := range r.log.AllEntries() {
+			if strings.HasPrefix(e.Message, "publish") {
+				said = append(said, e.Message)
+			}
+		}
+		if !slices.Equal(said, want) {
+			t.Errorf("%s: said %q, want %q", addr, said, want)
+		}
+		r.must("Leave", ids(network, ep1))
+		r.must("DeleteEndpoint", ids(network, ep1))
+	}
+}

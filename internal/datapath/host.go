@@ -183,20 +183,20 @@ func (k *Kernel) Underlay(ctx context.Context, want string, peers ...netip.Addr)
 	}
 	i := slices.IndexFunc(all, func(l link) bool { return l.name == want })
 	if i < 0 {
-		return Underlay{}, fmt.Errorf("underlay %s: this host has no such interface or address: it has %s", want, underlays(all, addrs))
+		return Underlay{}, fmt.Errorf("setting UNDERLAY=%s: this host has no such interface or address: set it to one of %s", want, underlays(all, addrs))
 	}
 	own := all[i]
 	switch {
 	case own.ours():
-		return Underlay{}, fmt.Errorf("underlay %s: that is a network of this plugin: use one of %s", want, underlays(all, addrs))
+		return Underlay{}, fmt.Errorf("setting UNDERLAY: %s is a network of this plugin: set it to one of %s", want, underlays(all, addrs))
 	case !own.up:
-		return Underlay{}, fmt.Errorf("underlay %s: the interface is down: ip link set %s up", want, want)
+		return Underlay{}, fmt.Errorf("setting UNDERLAY: interface %s is down: run ip link set %s up", want, want)
 	}
 	list := slices.Clone(addrs[own.index])
 	// Stable: the kernel lists addresses of a family in their order.
 	slices.SortStableFunc(list, func(a, b netip.Prefix) int { return a.Addr().BitLen() - b.Addr().BitLen() })
 	if len(list) == 0 {
-		return Underlay{}, fmt.Errorf("underlay %s: the interface has no address that other hosts could use: use one of %s", want, underlays(all, addrs))
+		return Underlay{}, fmt.Errorf("setting UNDERLAY: interface %s has no address that other hosts could use: set it to one of %s", want, underlays(all, addrs))
 	}
 	return Underlay{Addr: list[0].Addr(), Link: want, MTU: own.mtu}, nil
 }
@@ -267,7 +267,7 @@ func (l *links) defaultUnderlay(ctx context.Context, all []link) (Underlay, erro
 // underlayOf finds the interface that has an address.
 func (l *links) underlayOf(ctx context.Context, all []link, a netip.Addr) (Underlay, error) {
 	if !a.IsGlobalUnicast() || a.Zone() != "" { // also false for the loopback's
-		return Underlay{}, fmt.Errorf("underlay %s: that is not an address by which other hosts reach this one", a)
+		return Underlay{}, fmt.Errorf("setting UNDERLAY: %s is not an address by which other hosts reach this one: set it to an interface, or an address of one", a)
 	}
 	addrs, err := l.addressesWith(ctx, func(x netlink.Addr) bool { return x.Flags&(unix.IFA_F_TENTATIVE|unix.IFA_F_DADFAILED) == 0 })
 	if err != nil {
@@ -278,12 +278,12 @@ func (l *links) underlayOf(ctx context.Context, all []link, a netip.Addr) (Under
 			continue
 		}
 		if !own.up {
-			return Underlay{}, fmt.Errorf("underlay %s: its interface %s is down: ip link set %s up", a, own.name, own.name)
+			return Underlay{}, fmt.Errorf("setting UNDERLAY: interface %s of %s is down: run ip link set %s up", own.name, a, own.name)
 		}
 		return Underlay{Addr: a, Link: own.name, MTU: own.mtu}, nil
 	}
 	usable, err := l.lasting(ctx)
-	return Underlay{}, errors.Join(err, fmt.Errorf("underlay %s: this host does not have the address: it has %s", a, underlays(all, usable)))
+	return Underlay{}, errors.Join(err, fmt.Errorf("setting UNDERLAY: this host does not have the address %s: set it to one of %s", a, underlays(all, usable)))
 }
 
 // lasting returns the addresses that others can know a host by: global, and
