@@ -104,7 +104,10 @@ type status struct {
 	Endpoints []struct {
 		ID, Network, Link, State string
 		Addresses                []string
-		Ports                    []struct{ Proto, Host, Container string }
+		Ports                    []struct {
+			Proto, Host, Container string
+			More                   int
+		}
 	}
 	Pools []pool
 	Drift struct {

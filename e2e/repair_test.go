@@ -371,5 +371,6 @@ func TestStart(t *testing.T) {
 			}
 		}
 	}
+	manyPorts(t, e)
 	e.checkClean(t)
 }
