@@ -176,6 +176,9 @@ func (b Bridge) Network(n Network) datapath.State {
 	}
 	if n.Options.Egress == EgressNone {
 		s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetInternal, Link: br})
+		if len(s.Bridges[0].Addrs) == 0 {
+			s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetSwitched, Link: br})
+		}
 	}
 	s.Elements = append(s.Elements, b.outside(n, br)...)
 	return s

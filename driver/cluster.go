@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 
 	"github.com/weftnet/weft/internal/datapath"
 )
@@ -143,18 +144,31 @@ func (d *Driver) Follow(ctx context.Context, vni uint32) error {
 	d.mu.Lock()
 	have := n.remote
 	n.remote = want
+	keep := want
+	keep.Elements = slices.Concat(want.Elements, d.membersLocked(n))
 	d.mu.Unlock()
 	if add := want.Minus(have); !add.Empty() {
 		if _, err := d.kernel.Ensure(ctx, add); err != nil {
 			return fmt.Errorf("network %s: what leads to other hosts: %w", short(n.rec.ID), err)
 		}
 	}
-	if drop := without(have, want); !drop.Empty() {
+	if drop := without(have, keep); !drop.Empty() {
 		if err := d.kernel.Remove(ctx, drop); err != nil {
 			return fmt.Errorf("network %s: what led to other hosts: %w", short(n.rec.ID), err)
 		}
 	}
 	return nil
+}
+
+// membersLocked are the elements that other networks want on account of other
+// hosts: several may have the same. d.mu is held.
+func (d *Driver) membersLocked(except *network) (list []datapath.Element) {
+	for _, o := range d.networks {
+		if o != except && !o.doomed {
+			list = append(list, o.remote.Elements...)
+		}
+	}
+	return list
 }
 
 // Rehome moves the tunnels of all networks to another address of this host.

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/netip"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -14,6 +15,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/plugin"
 )
 
 // spanning is a Backend like the real one of mode overlay, which this package
@@ -204,6 +206,40 @@ func TestFollow(t *testing.T) {
 	}
 }
 
+// A host that has two networks of ours is a member on account of both: it stays one
+// until both are gone there, or here.
+func TestFollowSharedMember(t *testing.T) {
+	r, c := newSpanningRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	r.must("CreateNetwork", createNetwork(net2, "10.2.0.0/24", `{"mode":"overlay","vni":"4243"}`))
+	other := datapath.State{Elements: []datapath.Element{{Set: datapath.SetMembers, Net: single(netip.MustParseAddr("192.0.2.2")), Port: 4793}}}
+	follow := func(vni uint32, s datapath.State, want bool) {
+		t.Helper()
+		c.mu.Lock()
+		c.remote = s
+		c.mu.Unlock()
+		if err := r.d.Follow(t.Context(), vni); err != nil {
+			t.Fatal(err)
+		}
+		if got := slices.Contains(r.kernel.owned().Elements, other.Elements[0]); got != want {
+			t.Errorf("VNI %d: a member in the kernel: %t, want %t", vni, got, want)
+		}
+		r.idle()
+	}
+	for _, vni := range []uint32{4242, 4243} {
+		follow(vni, other, true)
+	}
+	follow(4242, datapath.State{}, true)
+	follow(4242, other, true)
+	r.must("DeleteNetwork", fmt.Sprintf(`{"NetworkID":%q}`, net1))
+	if !slices.Contains(r.kernel.owned().Elements, other.Elements[0]) {
+		t.Error("no member any more, and one network is still there")
+	}
+	r.idle()
+	r.must("DeleteNetwork", fmt.Sprintf(`{"NetworkID":%q}`, net2))
+	r.empty()
+}
+
 // TestRehome is the host's address changing under its tunnels.
 func TestRehome(t *testing.T) {
 	r, c := newSpanningRig(t)
@@ -280,5 +316,23 @@ func TestSwarmScope(t *testing.T) {
 	r.must("DiscoverNew", `{"DiscoveryType":2,"DiscoveryData":{}}`)
 	if got := strings.Join(c.nodes, ", "); got != "192.0.2.1 true, 192.0.2.2 false" {
 		t.Errorf("nodes %s", got)
+	}
+}
+
+// What comes to the port of a tunnel is taken from the network's hosts alone, so it
+// must not be one that others use.
+func TestTunnelPort(t *testing.T) {
+	for port, want := range map[string]string{
+		"1024": "", "4793": "", "65535": "",
+		"0": "1024 to 65535", "53": "1024 to 65535", "1023": "1024 to 65535", "65536": "1024 to 65535", "x": `"x"`,
+		"4789": "built-in overlay", "7946": "swarm", "2377": "swarm", "7947": "gossip", "8472": "flannel",
+	} {
+		n, err := parseNetworkOptions(map[string]any{plugin.OptionGeneric: map[string]any{"mode": "overlay", "port": port}}, []string{"overlay", "bridge"}, modeBridge)
+		switch {
+		case want == "" && (err != nil || strconv.Itoa(int(n.Options.Port)) != port):
+			t.Errorf("port=%s: %d, %v", port, n.Options.Port, err)
+		case want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+			t.Errorf("port=%s: %v, want an error that says %q", port, err, want)
+		}
 	}
 }

@@ -511,7 +511,13 @@ func (d *Driver) removeNetwork(ctx context.Context, n *network) error {
 			others.Add(d.networkState(o))
 		}
 	}
-	if err := d.kernel.Remove(ctx, without(d.networkState(n), others)); err != nil {
+	mine := d.networkState(n)
+	d.mu.Lock()
+	// The rest of what leads to other hosts goes with the links.
+	mine.Elements = append(mine.Elements, n.remote.Elements...)
+	others.Elements = append(others.Elements, d.membersLocked(n)...)
+	d.mu.Unlock()
+	if err := d.kernel.Remove(ctx, without(mine, others)); err != nil {
 		return err
 	}
 	if err := d.nets.Delete(ctx, networkKey(n.rec.ID)); err != nil {

@@ -179,14 +179,7 @@ var options = map[string]option{
 	"host_address": {parentOnly, setHostAddrs},
 	optionVNI:      {overlayOnly, setVNI},
 	"com.docker.network.driver.overlay.vxlanid_list": {overlayOnly, setVNI},
-	"port": {overlayOnly, func(s *settings, v string) error {
-		p, err := strconv.ParseUint(v, 10, 16)
-		if err != nil || p == 0 {
-			return fmt.Errorf("%q is not a UDP port: valid are 1 to 65535", clip(v))
-		}
-		s.Port = uint16(p)
-		return nil
-	}},
+	"port":     {overlayOnly, setTunnelPort},
 	optionJoin: {overlayOnly, func(s *settings, v string) error { s.Join = v; return nil }},
 	"probe": {nil, func(s *settings, v string) error {
 		on, err := parseBool(v)
@@ -338,6 +331,33 @@ func setMTU(s *settings, v string) error {
 		return fmt.Errorf("%q is not an MTU: valid are %d to 65535, with IPv6 %d to 65535", clip(v), leastIPv4, leastIPv6)
 	}
 	s.MTU = mtu
+	return nil
+}
+
+// othersPorts are UDP ports that other programs use on hosts with containers: what
+// comes to the port of a tunnel, from others than the hosts of the network, is
+// dropped.
+var othersPorts = map[uint16]string{
+	2377:  "swarm's management",
+	4500:  "IPsec",
+	4789:  "the built-in overlay driver and other VXLAN networks",
+	5353:  "mDNS",
+	6081:  "Geneve",
+	7946:  "swarm's gossip",
+	7947:  "weft's own gossip",
+	8472:  "VXLAN networks of other programs (flannel, Cilium)",
+	51820: "WireGuard",
+}
+
+func setTunnelPort(s *settings, v string) error {
+	p, err := strconv.ParseUint(v, 10, 16)
+	if err != nil || p < 1024 {
+		return fmt.Errorf("%q is not a UDP port for tunnels: valid are 1024 to 65535", clip(v))
+	}
+	if who := othersPorts[uint16(p)]; who != "" {
+		return fmt.Errorf("UDP port %d is that of %s: choose another, or leave the option out for 4793", p, who)
+	}
+	s.Port = uint16(p)
 	return nil
 }
 

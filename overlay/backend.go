@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/weftnet/weft/driver"
@@ -36,7 +37,9 @@ func (b Backend) Network(n driver.Network) datapath.State {
 	br.MAC, br.NoSnooping = hashMAC(fmt.Sprintf("gateway of VNI %d", n.VNI)), true
 	if n.Options.Egress != driver.EgressDriver {
 		br.Addrs = nil
-		s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetSwitched, Link: br.Name})
+		if silent := (datapath.Element{Set: datapath.SetSwitched, Link: br.Name}); !slices.Contains(s.Elements, silent) {
+			s.Elements = append(s.Elements, silent)
+		}
 	}
 	s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetTunnels, Port: n.Port})
 	s.VXLANs = []datapath.VXLAN{{
@@ -77,6 +80,7 @@ func (b Backend) remote(n driver.Network, v View) datapath.State {
 	var s datapath.State
 	for _, vtep := range v.VTEPs {
 		s.Forwards = append(s.Forwards, datapath.Forward{Link: vx, VTEP: vtep})
+		s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetMembers, Net: netip.PrefixFrom(vtep, vtep.BitLen()), Port: n.Port})
 	}
 	for mac, vtep := range v.Forwards {
 		s.Forwards = append(s.Forwards, datapath.Forward{Link: vx, MAC: mac, VTEP: vtep})

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 
@@ -48,5 +49,25 @@ func TestBackendShortcuts(t *testing.T) {
 				t.Errorf("(-want +got):\n%s", d)
 			}
 		})
+	}
+}
+
+// TestBackendMembers: packets of the tunnels are taken from the hosts that have the
+// network, and nothing is taken from a bridge that only switches.
+func TestBackendMembers(t *testing.T) {
+	t.Parallel()
+	n := driver.Network{ID: strings.Repeat("0a", 32), VNI: 7, Port: 4793}
+	n.Options.Egress = driver.EgressEngine
+	var b Backend
+	s := b.Network(n)
+	for _, want := range []datapath.Element{{Set: datapath.SetSwitched, Link: s.Bridges[0].Name}, {Set: datapath.SetTunnels, Port: 4793}} {
+		if !slices.Contains(s.Elements, want) {
+			t.Errorf("not wanted: %s", want)
+		}
+	}
+	host := netip.MustParseAddr("2001:db8::2")
+	want := []datapath.Element{{Set: datapath.SetMembers, Net: netip.PrefixFrom(host, 128), Port: 4793}}
+	if d := cmp.Diff(want, b.remote(n, View{VTEPs: []netip.Addr{host}}).Elements, cmp.Comparer(func(a, b datapath.Element) bool { return a == b })); d != "" {
+		t.Errorf("(-want +got):\n%s", d)
 	}
 }

@@ -23,6 +23,7 @@ func sample() []Element {
 		{Set: SetPass, Link: "wf0123456789ab", Out: "wf0123456789ab"},
 		{Set: SetPass, Link: "fifteen-letters", Out: "x"},
 		{Set: SetInternal, Link: "wfi"},
+		{Set: SetTunnels, Port: 4793},
 		{Set: SetMasquerade, Net: netip.MustParsePrefix("10.0.0.0/24")},
 		{Set: SetMasquerade, Net: netip.MustParsePrefix("10.0.1.0/24")}, // adjacent
 		{Set: SetMasquerade, Net: netip.MustParsePrefix("10.0.4.0/22")},
@@ -41,6 +42,8 @@ func sample() []Element {
 			Element{Set: SetHairpin, Net: net, Link: "wfa"},
 			Element{Set: SetHairpin, Net: net, Link: "wfb"}, // the same subnet twice
 			Element{Set: SetHome, Net: net, Link: "br0"},
+			Element{Set: SetMembers, Net: hostPrefix(host), Port: 4793},
+			Element{Set: SetMembers, Net: hostPrefix(host), Port: 65535},
 			Element{Set: SetAttached, Link: "br0", Net: hostPrefix(to)},
 			Element{Set: SetPublished, Net: every, Proto: TCP, Port: 80, To: to, ToPort: 8080},
 			Element{Set: SetPublished, Net: hostPrefix(host), Proto: UDP, Port: 80, To: to, ToPort: 8080},
@@ -403,6 +406,11 @@ func TestFirewallListing(t *testing.T) {
 		"ip daddr . ip saddr @near4 ip daddr set ip daddr ^ 128.0.0.0 meta mark set meta mark | 0x20000000",
 		"meta mark & 0x20000000 != 0x00000000",
 		"meta nfproto != @guard accept",
+		"udp dport @tunnels goto tunnel",
+		"ip6 saddr . th dport @members6 notrack",
+		"ct state untracked accept",
+		`meta iifkind "bridge" fib saddr . iif oif missing accept`,
+		"meta iiftype loopback accept",
 		`elements = { "wf0123456789ab" }`,
 		"10.0.0.0/24, 10.0.1.0/24",
 		"10.200.0.1 . udp . 80 : 10.1.0.2 . 8080",

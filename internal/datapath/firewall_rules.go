@@ -59,7 +59,7 @@ func newRuleset(table string) (*ruleset, error) {
 	for _, d := range rs.sets {
 		rs.bySet[d.lookup()] = d
 	}
-	rs.rules = slices.Concat(prerouting(), forward(), toBridge(), fromBridge(), guard(), postrouting())
+	rs.rules = slices.Concat(prerouting(), fromMembers(), forward(), toBridge(), fromBridge(), guard(), postrouting())
 
 	if err := rs.fingerprint(); err != nil {
 		return nil, err
@@ -110,16 +110,19 @@ func chains(t *nftables.Table) []*nftables.Chain {
 	}
 	cs := []*nftables.Chain{
 		base("raw_prerouting", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw),
+		// After the raw chains of all instances, see fromMembers.
+		base("strangers", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw+1),
 		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest),
 		base("raw_output", nftables.ChainTypeFilter, nftables.ChainHookOutput, *nftables.ChainPriorityRaw),
 		base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, *nftables.ChainPriorityNATDest),
+		base("input", nftables.ChainTypeFilter, nftables.ChainHookInput, *nftables.ChainPriorityFilter),
 		base("forward", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter-1),
 		// After the forward chains of all instances, see guard.
 		base("guard", nftables.ChainTypeFilter, nftables.ChainHookForward, *nftables.ChainPriorityFilter),
 		// Before those of others: see keepSource.
 		base("postrouting", nftables.ChainTypeNAT, nftables.ChainHookPostrouting, *nftables.ChainPriorityNATSource-1),
 	}
-	for _, name := range []string{"loopback", "publish", "to_bridge", "from_bridge", "ok"} {
+	for _, name := range []string{"loopback", "tunnel", "stranger", "publish", "to_bridge", "from_bridge", "ok"} {
 		cs = append(cs, &nftables.Chain{Name: name, Table: t})
 	}
 	return cs
@@ -144,8 +147,10 @@ func prerouting() []rule {
 		// with br_netfilter each frame between two containers of a cluster would
 		// be tracked on both hosts, inside and outside of the tunnel.
 		in("raw_prerouting", isIn("switched", iif), untracked(), verdict(expr.VerdictAccept)),
-		in("raw_prerouting", isByte(l4proto, unix.IPPROTO_UDP), isIn("tunnels", dport), untracked(), verdict(expr.VerdictAccept)),
-		in("raw_output", isByte(l4proto, unix.IPPROTO_UDP), isIn("tunnels", dport), untracked()),
+		in("raw_prerouting", isByte(l4proto, unix.IPPROTO_UDP), isIn("tunnels", dport), goTo("tunnel")),
+		// The host does not speak on a bridge that only switches, and whoever is on
+		// it has no business with the host.
+		in("input", isIn("switched", iif), drop()),
 	}
 	rs = append(rs,
 		// A bridge that does not pass to itself has isolated ports (ICC off).
@@ -174,6 +179,33 @@ func prerouting() []rule {
 	return rs
 }
 
+// fromMembers: the tunnels of networks that span hosts. The kernel's device takes
+// their packets from anybody, by any address of the host; we take them from hosts
+// that have a network of ours, and let nobody send them to such a host but another
+// one. What a container sends with the source address of a member comes by a
+// bridge that does not lead there. Several instances may use one port, each for
+// networks and hosts of its own: one that knows the sender lets the packet off
+// tracking, and that is what the others, in their turn, take for a yes.
+func fromMembers() []rule {
+	rs := []rule{in("tunnel", isBridge(metaIIFKind), cameAstray(), verdict(expr.VerdictAccept))}
+	for _, v6 := range families {
+		members := suffix("members", v6)
+		rs = append(rs,
+			in("tunnel", family(v6), isIn(members, saddr(v6), dport), untracked()),
+			in("raw_output", isByte(l4proto, unix.IPPROTO_UDP), family(v6), isIn(members, daddr(v6), dport), untracked()),
+		)
+	}
+	rs = append(rs,
+		in("strangers", isByte(l4proto, unix.IPPROTO_UDP), isIn("tunnels", dport), goTo("stranger")),
+		in("stranger", ctBits(expr.CtKeySTATE, expr.CtStateBitUNTRACKED), verdict(expr.VerdictAccept)),
+		in("stranger", toHost(), drop()),
+	)
+	for _, v6 := range families {
+		rs = append(rs, in("stranger", family(v6), isIn(suffix("members", v6), daddr(v6), dport), drop()))
+	}
+	return rs
+}
+
 // forward sorts the packets that pass through the host. Frames inside one
 // bridge come here too where br_netfilter is on; both links are the bridge.
 func forward() []rule {
@@ -181,6 +213,8 @@ func forward() []rule {
 		in("forward", isIn("pass", iif, oif), goTo("ok")),
 		in("forward", isIn("internal", iif), drop()),
 		in("forward", isIn("internal", oif), drop()),
+		in("forward", isIn("switched", iif), drop()),
+		in("forward", isIn("switched", oif), drop()),
 		in("forward", isIn("bridges", oif), goTo("to_bridge")),
 	}
 	for _, v6 := range families {
@@ -428,6 +462,15 @@ func toHost() []expr.Any {
 	return []expr.Any{
 		&expr.Fib{Register: firstRegister, ResultADDRTYPE: true, FlagDADDR: true},
 		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+	}
+}
+
+// cameAstray matches if the host's route to the source is not by the link that
+// the packet came in on.
+func cameAstray() []expr.Any {
+	return []expr.Any{
+		&expr.Fib{Register: firstRegister, ResultOIF: true, FlagSADDR: true, FlagIIF: true, FlagPRESENT: true},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: make([]byte, 4)},
 	}
 }
 

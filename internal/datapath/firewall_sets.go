@@ -76,6 +76,7 @@ func setDefs() []setDef {
 			setDef{set: SetHairpin, v6: v6, key: []field{fieldSubnet, fieldLink}},
 			setDef{set: SetHome, v6: v6, key: []field{fieldSubnet, fieldLink}},
 			setDef{set: SetAttached, v6: v6, key: []field{fieldLink, fieldHost}},
+			setDef{set: SetMembers, v6: v6, key: []field{fieldHost, fieldPort}},
 			setDef{set: SetNear, v6: v6, key: []field{fieldHost, fieldTo}},
 			setDef{set: SetPublished, v6: v6, key: []field{fieldHost, fieldProto, fieldPort}, data: []field{fieldTo, fieldToPort}},
 			setDef{set: SetPublished, v6: v6, any: true, key: []field{fieldProto, fieldPort}, data: []field{fieldTo, fieldToPort}},

@@ -225,8 +225,9 @@ const (
 	SetHome       Set = "home"       // Net, Link: subnet and its bridge that is not ours; what leaves by it keeps its source address
 	SetPublished  Set = "published"  // Net (host address, or 0.0.0.0/0, ::/0 for all), Proto, Port, To, ToPort; without ToPort for a range
 	SetAttached   Set = "attached"   // Link, Net (host): an endpoint on a bridge that is not ours, or reached by the host's own sub-interface
-	SetSwitched   Set = "switched"   // Link: a bridge that the host neither routes nor has an address on; its frames are not tracked
-	SetTunnels    Set = "tunnels"    // Port: UDP port of tunnels, whose packets are not tracked
+	SetSwitched   Set = "switched"   // Link: a bridge that the host neither routes nor has an address on; its frames are not tracked, and none is for the host
+	SetTunnels    Set = "tunnels"    // Port: UDP port of tunnels; what comes to the host by it is from a member
+	SetMembers    Set = "members"    // Net (host), Port: another host that has a network of ours, and the UDP port of its tunnels; their packets are not tracked
 	SetOwn        Set = "own"        // Link: the host's own sub-interface
 	SetNear       Set = "near"       // Net (host), To: address of the host and endpoint that knows the way back to it; the source address is kept
 )
@@ -565,8 +566,11 @@ func (e Element) String() string {
 	if e.Net.IsValid() {
 		key = append(key, e.Net.String())
 	}
-	if e.Proto != 0 {
+	switch {
+	case e.Proto != 0:
 		key = append(key, fmt.Sprintf("%s . %s", e.Proto, portRange(e.Port, e.More)))
+	case e.Port != 0:
+		key = append(key, fmt.Sprint(e.Port))
 	}
 	t := fmt.Sprintf("nft add element inet weft %s { %s", e.Set, strings.Join(key, " . "))
 	if e.To.IsValid() {
