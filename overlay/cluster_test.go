@@ -219,7 +219,7 @@ func TestPartsOutliveTheProcess(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := b.c.Remote(n).String()
-	if strings.Count(want, "192.0.2.2") != 2 || !strings.Contains(want, "10.44.2.2") {
+	if strings.Count(want, "192.0.2.2") != 3 || !strings.Contains(want, "10.44.2.2") {
 		t.Fatalf("what leads to the other host:\n%s", want)
 	}
 	b.soon("parts are kept", func() bool {

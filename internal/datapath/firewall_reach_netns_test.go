@@ -70,6 +70,8 @@ var reachEngine = []probe{
 	{"out", "host:94", "e1:8080 out"},
 	{"a1", "host:94", "e1:8080"},
 	{"a1", "e1:8081", ""},
+	{"n1", "host:80", ""}, // the engine's internal network
+	{"n1", "out:8080", ""},
 	{"out", "far:8080", ""},
 }
 
@@ -371,6 +373,7 @@ func TestReachLAN(t *testing.T) {
 		{"l1", "a1:8080", ""},
 		{"out", "l1:8080", "l1:8080 gw152"},
 		{"out", "e1:8080", ""},
+		{"n1", "l1:8080", ""},
 	}
 	for family := range 2 {
 		w.run(family, probes)

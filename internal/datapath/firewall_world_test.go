@@ -48,6 +48,7 @@ var nets = []struct {
 	{6, "wfr", 1},     // routed, one exposed port
 	{7, "wfs", 1},     // source NAT to a fixed address
 	{8, "docker0", 1}, // somebody else's
+	{9, "brn", 1},     // somebody else's, internal
 }
 
 func quiet() *logrus.Logger {
@@ -399,9 +400,11 @@ $t -A FORWARD -i docker0 -o docker0 -j ACCEPT
 $t -t nat -N DOCKER
 $t -t nat -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
 $t -t nat -A POSTROUTING -s %s ! -o docker0 -j MASQUERADE
+$t -I DOCKER-ISOLATION-STAGE-1 ! -s %[3]s -o brn -j DROP
+$t -I DOCKER-ISOLATION-STAGE-1 ! -d %[3]s -i brn -j DROP
 for p in tcp udp; do
 $t -A DOCKER -d %s ! -i docker0 -o docker0 -p $p --dport 8080 -j ACCEPT
 $t -t nat -A DOCKER ! -i docker0 -p $p --dport 94 -j DNAT --to-destination %s
-done`, ipt, subnet(8, 0)[i].Masked(), to.Addr(), to))
+done`, ipt, subnet(8, 0)[i].Masked(), subnet(9, 0)[i].Masked(), to.Addr(), to))
 	}
 }

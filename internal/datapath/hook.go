@@ -31,12 +31,17 @@ func hookRule(comment string) []string {
 	}
 }
 
+// engineDecides are the jumps to the chains by which the engine keeps its networks
+// apart: until version 27, and since.
+var engineDecides = []string{"-j DOCKER-ISOLATION-STAGE-1", "-j DOCKER-FORWARD"}
+
 // hook is one constant rule in the FORWARD chain of iptables and ip6tables,
 // of whichever variant is in use; both may be at once, and each drops on its
 // own. The rule comes straight after the jump to DOCKER-USER, or first where
 // there is no such jump: what users put into DOCKER-USER binds our containers
 // as it does the engine's, and a RETURN from it does not lead into the
-// engine's DROP.
+// engine's DROP. The jumps by which the engine keeps its own networks apart, where
+// they follow, come first as well.
 type hook struct {
 	log  logrus.FieldLogger
 	rule []string
@@ -261,6 +266,15 @@ func (c *forwardChain) read(lines, ours []string) {
 		return
 	}
 	c.place = slices.Index(others, "-j DOCKER-USER") + 2 // after it; 1 if it is not there
+	// What the engine keeps apart stays apart: our mark is also on packets that its
+	// networks send to us.
+	for i := c.place - 1; i < len(others); i++ {
+		if slices.Contains(engineDecides, others[i]) {
+			c.place = i + 2
+		} else if mayDrop(others[i]) {
+			break
+		}
+	}
 	// Further down is as good while nothing in between can drop our packets.
 	// The engine's chains drop only what comes from or goes to its bridges,
 	// and it puts its jumps above us whenever it starts.

@@ -43,12 +43,15 @@ func TestHookPlace(t *testing.T) {
 		{"a drop", []string{"-P FORWARD ACCEPT", "-A FORWARD -i eth0 -j DROP"}, 1, false},
 		{"a chain", []string{"-P FORWARD ACCEPT", "-A FORWARD -g ufw-before-forward"}, 1, false},
 		{"ours after a drop", []string{"-P FORWARD ACCEPT", "-A FORWARD -i eth0 -j REJECT", ours}, 1, false},
-		{"engine", engine, 2, false},
-		{"engine, ours before", with(engine, 1), 2, false},
-		{"engine, ours after its user chain", with(engine, 2), 2, true},
-		{"engine, ours further down", with(engine, 4), 2, true},
-		{"engine, ours last", with(engine, 5), 2, true},
-		{"engine, ours behind a stranger", with(append(slices.Clone(engine), "-A FORWARD -j REJECT"), 6), 2, false},
+		{"engine", engine, 3, false},
+		{"engine, ours before", with(engine, 1), 3, false},
+		{"engine, ours before it keeps its networks apart", with(engine, 2), 3, false},
+		{"engine, ours after", with(engine, 3), 3, true},
+		{"engine, ours further down", with(engine, 4), 3, true},
+		{"engine, ours last", with(engine, 5), 3, true},
+		{"engine, ours behind a stranger", with(append(slices.Clone(engine), "-A FORWARD -j REJECT"), 6), 3, false},
+		{"engine behind a stranger", slices.Insert(slices.Clone(engine), 2, "-A FORWARD -j REJECT"), 2, false},
+		{"engine 28", []string{"-P FORWARD DROP", "-A FORWARD -j DOCKER-USER", "-A FORWARD -j DOCKER-FORWARD"}, 3, false},
 		{"user chain by condition", []string{"-P FORWARD DROP", "-A FORWARD -i eth0 -j DOCKER-USER"}, 1, false},
 		{"quoted", []string{"-P FORWARD DROP", strings.Replace(ours, "weft", `"weft"`, 1)}, 1, true},
 		{"not ours", []string{"-P FORWARD DROP", ours + " -s 10.0.0.0/8"}, 1, false},
@@ -153,7 +156,7 @@ func TestHookAndDockerUser(t *testing.T) {
 				t.Fatal(err)
 			}
 			wantHook(t, w.hook, 2, true) // moved, and IPv6
-			if got := forwardOf(w.host, ipt); got[1] != "-A FORWARD -j DOCKER-USER" || got[2] != hookLine {
+			if got := forwardOf(w.host, ipt); got[1] != "-A FORWARD -j DOCKER-USER" || got[3] != hookLine {
 				t.Errorf("FORWARD is %q", got)
 			}
 			open := []probe{{"out", "host:80", "a1:8080 out"}, {"far", "host:80", "a1:8080 far"}, {"a1", "out:8080", "out:8080 gw200"}}
