@@ -284,7 +284,7 @@ func (d *Driver) handleDeleteEndpoint(ctx context.Context, req wire.DeleteEndpoi
 	n, unlock := d.find(req.NetworkID)
 	defer unlock()
 	if n == nil {
-		return plugin.Empty{}, nil
+		return plugin.Empty{}, d.leaveUnclaimed(ctx, req.EndpointID)
 	}
 	d.mu.Lock()
 	e := n.endpoints[req.EndpointID]
@@ -366,7 +366,7 @@ func (d *Driver) handleLeave(ctx context.Context, req wire.LeaveRequest) (plugin
 		return d.leave(ctx, n, e)
 	})
 	d.giveBack(ctx, req.EndpointID, sandbox)
-	return plugin.Empty{}, err
+	return plugin.Empty{}, join(err, d.leaveUnclaimed(ctx, req.EndpointID))
 }
 
 func (d *Driver) handleProgram(ctx context.Context, req plugin.ProgramExternalRequest) (plugin.Empty, error) {
@@ -398,7 +398,7 @@ func (d *Driver) handleRevoke(ctx context.Context, req wire.RevokeExternalConnec
 var errUnknown = errors.New("is not known")
 
 func unknownNetwork(id string) error {
-	return fmt.Errorf("network %s %w to this plugin: remove it and create it again", short(id), errUnknown)
+	return fmt.Errorf("network %s %w to this plugin: stop its containers, remove it with docker network rm and create it again", short(id), errUnknown)
 }
 
 // use runs f with an endpoint locked; it has to be there.

@@ -102,6 +102,10 @@ type Driver struct {
 	// fallbacks are the endpoints that serve IPv6 with IPv4, by their sandbox.
 	fallbacks map[string]*fallback
 	drift     Drift
+	// unowned is ours by its mark and named by no record; dropped are links of
+	// records that were given up at the start.
+	unowned datapath.State
+	dropped map[string]bool
 }
 
 type network struct {
@@ -373,6 +377,13 @@ func (d *Driver) adoptBridge(ctx context.Context, rec *Network, old *network) er
 		return nil
 	}
 	if old == nil {
+		link, there, err := d.host.Link(ctx, name)
+		switch {
+		case err != nil:
+			return err
+		case there && link.Kind != "bridge":
+			return fmt.Errorf("option com.docker.network.bridge.name=%s: there is a link of that name which is no bridge: choose another name", name)
+		}
 		if _, err := d.kernel.Ensure(ctx, datapath.State{Bridges: []datapath.Bridge{{Name: name, Existing: true}}}); err != nil {
 			return nil //nolint:nilerr // it is not there yet, or making it will say what is wrong
 		}
@@ -448,7 +459,7 @@ func (d *Driver) inTheWay(rec Network, o *network) error {
 			// own DHCP server hands the addresses out, none is given twice.
 			sameLAN := s.Pool == t.Pool && rec.onLAN() != "" && rec.onLAN() == o.rec.onLAN()
 			if s.Pool.Overlaps(t.Pool) && !sameLAN {
-				return fmt.Errorf("subnet %s overlaps with one of network %s: choose another --subnet, or remove that network", s.Pool, short(o.rec.ID))
+				return fmt.Errorf("subnet %s overlaps with one of network %s: choose another --subnet, %s", s.Pool, short(o.rec.ID), forgetHint(o.rec.ID))
 			}
 		}
 	}
@@ -458,11 +469,17 @@ func (d *Driver) inTheWay(rec Network, o *network) error {
 	for _, b := range d.backends[rec.Mode].Network(rec).Bridges {
 		for _, other := range d.networkState(o).Bridges {
 			if b.Name == other.Name && (!b.Existing || !other.Existing) {
-				return fmt.Errorf("bridge %s belongs to network %s: choose another name", b.Name, short(o.rec.ID))
+				return fmt.Errorf("bridge %s belongs to network %s: choose another name, %s", b.Name, short(o.rec.ID), forgetHint(o.rec.ID))
 			}
 		}
 	}
 	return nil
+}
+
+// forgetHint is what to do about a network that is in the way, also where it was
+// removed while the plugin was not there to be told.
+func forgetHint(id string) string {
+	return fmt.Sprintf("or remove that network, or, if `docker network ls` does not show it, `weft network forget %s`", short(id))
 }
 
 // answerTime bounds a call, and so how long before our start a network was made
@@ -485,7 +502,7 @@ func (d *Driver) deleteNetwork(ctx context.Context, id string) error {
 	defer d.change.Unlock()
 	n := d.networks[id] // change is held: the table stands still
 	if n == nil {
-		return nil
+		return d.dropUnclaimed(ctx, bridgeName(id), ownLink(id), dummyName(id))
 	}
 	return d.finishNetwork(ctx, n)
 }
@@ -505,7 +522,9 @@ func (d *Driver) removeNetwork(ctx context.Context, n *network) error {
 	if err := d.sweep(ctx, n); err != nil {
 		return err
 	}
-	var others datapath.State
+	d.mu.Lock()
+	others := d.unowned.Minus(datapath.State{}) // a copy
+	d.mu.Unlock()
 	for _, o := range d.networks {
 		if !o.doomed {
 			others.Add(d.networkState(o))

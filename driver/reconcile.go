@@ -41,6 +41,7 @@ func (d *Driver) Recover(ctx context.Context) error {
 		// next pass tries again.
 		d.log.WithError(err).Warn("not everything could be restored")
 	}
+	d.holdUnclaimed(ctx)
 	return nil
 }
 
@@ -48,7 +49,7 @@ func (d *Driver) Recover(ctx context.Context) error {
 func (d *Driver) load(ctx context.Context) error {
 	d.change.Lock()
 	defer d.change.Unlock()
-	networks := map[string]*network{}
+	networks, dropped := map[string]*network{}, map[string]bool{}
 	list, err := d.nets.List(ctx, networkPrefix)
 	if err != nil {
 		return err
@@ -64,6 +65,9 @@ func (d *Driver) load(ctx context.Context) error {
 		// We died before the answer, so the engine has no such network.
 		n := newNetwork(rec)
 		n.rev, n.doomed = r.Rev, rec.Pending
+		if rec.Pending {
+			dropped[peerEnd(rec.ID)] = true // see tryParent
+		}
 		networks[rec.ID] = n
 	}
 	if list, err = d.eps.List(ctx, endpointPrefix); err != nil {
@@ -77,6 +81,7 @@ func (d *Driver) load(ctx context.Context) error {
 		n := networks[rec.Network]
 		if n == nil {
 			d.log.WithField("network", rec.Network).WithField("endpoint", rec.ID).Warn("forgotten: its network is not known")
+			dropped[hostEnd(rec.ID)], dropped[peerEnd(rec.ID)] = true, true
 			if err := d.eps.Delete(ctx, r.Key); err != nil {
 				return err
 			}
@@ -85,7 +90,7 @@ func (d *Driver) load(ctx context.Context) error {
 		n.enter(&endpoint{rec: rec, rev: r.Rev, loaded: true, sandbox: rec.Sandbox})
 	}
 	d.mu.Lock()
-	d.networks = networks
+	d.networks, d.dropped = networks, dropped
 	d.mu.Unlock()
 	return nil
 }
@@ -203,7 +208,9 @@ func (p *pass) look(ctx context.Context) (idle bool, err error) {
 	}
 	p.d.mu.Unlock()
 	diff := p.compare(have, p.d.wanted())
-	return !pending && diff.empty(), nil
+	unclaimed, rest := p.d.unnamed(diff.stray)
+	diff.stray = rest
+	return !pending && diff.empty() && p.d.noticed(unclaimed), nil
 }
 
 // repair stops all calls, looks again, and mends.
@@ -285,6 +292,9 @@ func (p *pass) mend(ctx context.Context, have datapath.State) error {
 	if len(diff.lost) > 0 {
 		diff = p.compare(have, d.wanted())
 	}
+	unclaimed, rest := d.unnamed(diff.stray)
+	diff.stray = rest
+	d.notice(unclaimed)
 	// What is wanted with another value goes before it is set: a map of the
 	// firewall takes no second value for a key.
 	err := p.remove(ctx, diff.stale)

@@ -17,6 +17,9 @@ type Status struct {
 	Networks  []NetworkStatus  `json:"networks"`
 	Endpoints []EndpointStatus `json:"endpoints"`
 	Drift     Drift            `json:"drift"`
+	// Unclaimed are objects of ours in the kernel that no record names, each as
+	// somebody would type it. They are left as they are.
+	Unclaimed []string `json:"unclaimed"`
 }
 
 // NetworkStatus is one network.
@@ -99,9 +102,12 @@ func (d *Driver) Status(ctx context.Context) (Status, error) {
 
 // tables is what the driver knows by itself.
 func (d *Driver) tables() Status {
-	s := Status{Networks: []NetworkStatus{}, Endpoints: []EndpointStatus{}}
+	s := Status{Networks: []NetworkStatus{}, Endpoints: []EndpointStatus{}, Unclaimed: []string{}}
 	d.mu.Lock()
 	defer d.mu.Unlock()
+	if text := strings.TrimSpace(d.unowned.String()); text != "" {
+		s.Unclaimed = strings.Split(text, "\n")
+	}
 	s.Drift = d.drift
 	if s.Drift.Repaired == nil {
 		s.Drift.Repaired = []string{}

@@ -1,0 +1,127 @@
+package driver
+
+import (
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/weftnet/weft/internal/datapath"
+	"github.com/weftnet/weft/internal/store"
+)
+
+// lose is the plugin removed by force and installed again: the kernel stays, the
+// records are gone.
+func (r *rig) lose() {
+	r.t.Helper()
+	r.stop()
+	r.kernel.die()
+	dir := r.t.TempDir()
+	for name, s := range map[string]**store.Bolt{"weft.db": &r.nets, "run.db": &r.eps} {
+		b, err := store.Open(filepath.Join(dir, name), store.Options{NoSync: true}) // in use until the rig's own end
+		if err != nil {
+			r.t.Fatal(err)
+		}
+		*s = b
+	}
+	r.start()
+}
+
+// TestStateLost: what no record names goes on working until the engine or somebody
+// says that it is not needed.
+func TestStateLost(t *testing.T) {
+	r := newRunningRig(t)
+	want := r.kernel.text()
+	r.lose()
+	for range 2 {
+		r.idle()
+		if got := r.kernel.text(); got != want {
+			t.Fatalf("the kernel was changed: %s", cmp.Diff(want, got))
+		}
+	}
+	if n := r.warned("in no record of ours"); n != 1 {
+		t.Errorf("said %d times", n)
+	}
+	s, err := r.d.Status(t.Context())
+	if err != nil || !strings.Contains(strings.Join(s.Unclaimed, "\n"), veth1) {
+		t.Errorf("status: %v, %q", err, s.Unclaimed)
+	}
+	r.restart() // known from now on, and no reason to remove it either
+	if got := r.kernel.text(); got != want {
+		t.Fatalf("the kernel was changed by a restart: %s", cmp.Diff(want, got))
+	}
+	r.refused("CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.3/24", ""), "not known to this plugin", "docker network rm", "create it again")
+	// Other networks come and go beside it.
+	r.must("CreateNetwork", createNetwork(strings.Repeat("9", 64), "10.9.0.0/24", ""))
+	r.must("DeleteNetwork", `{"NetworkID":"`+strings.Repeat("9", 64)+`"}`)
+	r.idle()
+	if got := r.kernel.text(); got != want {
+		t.Fatalf("the kernel was changed by another network: %s", cmp.Diff(want, got))
+	}
+	// The engine stops the container and removes the network.
+	r.must("Leave", `{"NetworkID":"`+net1+`","EndpointID":"`+ep1+`"}`)
+	if got := r.kernel.text(); strings.Contains(got, veth1) {
+		t.Errorf("left of the endpoint:\n%s", got)
+	}
+	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+	if got := r.kernel.text(); strings.Contains(got, "10.1.0") || strings.Contains(got, "wfb1a2b3c4d5e6f") || !strings.Contains(got, "wfb2a2b3c4d5e6f") {
+		t.Errorf("left of the network:\n%s", got)
+	}
+	if done, err := r.d.ForgetUnclaimed(t.Context()); err != nil || !strings.Contains(done, "1 links") {
+		t.Errorf("forget what is left: %q, %v", done, err)
+	}
+	if got := r.kernel.text(); strings.Contains(got, "wfb") {
+		t.Errorf("left:\n%s", got)
+	}
+	if done, err := r.d.ForgetUnclaimed(t.Context()); err != nil || done != "nothing is unclaimed" {
+		t.Errorf("again: %q, %v", done, err)
+	}
+}
+
+// An old copy of the state knows some of what is there; the rest is left alone too.
+func TestStateOld(t *testing.T) {
+	r := newRunningRig(t)
+	// A record of a younger container that the copy does not have.
+	r.kernel.mu.Lock()
+	r.kernel.veths["wfvyounger"] = datapath.Veth{Name: "wfvyounger", Master: "wfb1a2b3c4d5e6f", MTU: 1450}
+	r.kernel.mu.Unlock()
+	r.restart()
+	r.idle()
+	if got := r.kernel.text(); !strings.Contains(got, "wfvyounger") {
+		t.Errorf("the younger container's link was removed:\n%s", got)
+	}
+	if done, err := r.d.ForgetUnclaimed(t.Context()); err != nil || !strings.Contains(done, "1 links") {
+		t.Errorf("%q, %v", done, err)
+	}
+}
+
+// TestForgetNetwork: the engine removed it while the plugin was not there.
+func TestForgetNetwork(t *testing.T) {
+	r := newRunningRig(t)
+	third := strings.Repeat("3", 64)
+	r.refused("CreateNetwork", createNetwork(third, "10.2.0.0/24", ""), "weft network forget "+short(net2), "docker network ls")
+	for id, words := range map[string]string{"": "weft status networks", "zz": "weft status networks", net1: "1 running containers"} {
+		if _, _, err := r.d.Forget(t.Context(), id); err == nil || !strings.Contains(err.Error(), words) {
+			t.Errorf("forget %q: %v", id, err)
+		}
+	}
+	done, subnets, err := r.d.Forget(t.Context(), short(net2))
+	if err != nil || !strings.Contains(done, short(net2)) || len(subnets) != 1 || subnets[0].String() != "10.2.0.0/24" {
+		t.Errorf("%q, %v, %v", done, subnets, err)
+	}
+	r.must("CreateNetwork", createNetwork(third, "10.2.0.0/24", ""))
+}
+
+// A network that is refused for a name which is not ours leaves nothing behind.
+func TestBridgeNameOfACard(t *testing.T) {
+	r := newRig(t)
+	r.refused("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"com.docker.network.bridge.name":"eth0"}`), "bridge.name=eth0", "choose another name")
+	if got := r.records(); len(got) != 0 {
+		t.Errorf("records %q", got)
+	}
+	r.idle()
+	if s, err := r.d.Status(t.Context()); err != nil || s.Drift.Error != "" {
+		t.Errorf("%v, %q", err, s.Drift.Error)
+	}
+}
