@@ -348,14 +348,15 @@ func (i *IPAM) overlaps(k poolKey) (list []*pool) {
 
 // inUse says which pool is in the way of a wanted one.
 func (i *IPAM) inUse(want netip.Prefix, p *pool) error {
-	by := ""
+	by, gone := "", ""
 	if id, ok := i.holder(p.prefix); ok && p.space == LocalSpace {
 		by = " by network " + short(id)
+		gone = fmt.Sprintf(" (if `docker network ls` does not show it: `weft network forget %s`)", short(id))
 	}
 	if want == p.prefix {
-		return fmt.Errorf("subnet %s is in use%s: choose another subnet, or remove the network that has it", want, by)
+		return fmt.Errorf("subnet %s is in use%s: choose another subnet, or remove the network that has it%s", want, by, gone)
 	}
-	return fmt.Errorf("subnet %s overlaps %s, which is in use%s: choose another subnet", want, p.prefix, by)
+	return fmt.Errorf("subnet %s overlaps %s, which is in use%s: choose another subnet%s", want, p.prefix, by, gone)
 }
 
 // short is the form of an ID that docker network ls prints.

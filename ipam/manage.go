@@ -237,6 +237,33 @@ func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]
 	return nil
 }
 
+// ForgetPool drops the pools of this host with a subnet, and all their addresses:
+// their network was forgotten, and the engine will not release them.
+func (i *IPAM) ForgetPool(ctx context.Context, prefix netip.Prefix) error {
+	if err := i.ready(); err != nil {
+		return err
+	}
+	release, err := i.change(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	i.mu.RLock()
+	var list []*pool
+	for k, p := range i.pools {
+		if k.prefix == prefix && !p.shared() && k.space != GlobalSpace {
+			list = append(list, p)
+		}
+	}
+	i.mu.RUnlock()
+	for _, p := range list {
+		if err := i.drop(ctx, p); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // strandedAfter is how long an address may be granted without an endpoint that
 // has it: the engine makes the endpoint right after it got the address.
 const strandedAfter = 10 * time.Minute

@@ -290,6 +290,7 @@ func (d *daemon) status(ctx context.Context, _ []byte) (any, error) {
 	d.mu.Unlock()
 	doc := document{Version: version, Commit: commit, Instance: d.settings.instance, Phase: recovering}
 	doc.Networks, doc.Endpoints, doc.Drift.Repaired = []driver.NetworkStatus{}, []driver.EndpointStatus{}, []string{}
+	doc.Unclaimed = []string{}
 	doc.Pools = []ipam.PoolStatus{}
 	doc.Cluster = overlay.Status{Peers: []overlay.Peer{}, Conflicts: []string{}}
 	switch {

@@ -230,6 +230,12 @@ func (d document) drift() string {
 	} else {
 		fmt.Fprintf(&b, "the kernel was compared with the records at %s\n", d.Drift.Checked.Format(time.RFC3339))
 	}
+	if len(d.Unclaimed) > 0 {
+		b.WriteString("in the kernel and in no record, left as it is (`weft network forget unclaimed` removes it):\n")
+		for _, l := range d.Unclaimed {
+			fmt.Fprintf(&b, "  %s\n", l)
+		}
+	}
 	if d.Drift.Error != "" {
 		fmt.Fprintf(&b, "not everything could be repaired: %s\n", d.Drift.Error)
 	}

@@ -25,7 +25,9 @@ const usage = `usage: weft COMMAND [FLAGS]
   serve     answer the engine: the plugin itself
   status    show networks, endpoints and pools: status [networks|endpoints|pools|peers]
   address   keep or free an address: address reserve NAME ADDRESS|forget NAME|release ADDRESS
+  network   forget a network that the engine no longer has: network forget ID|unclaimed
   secret    exchange the cluster's password: secret add|use|remove, the password on standard input
+  uninstall remove everything of an instance from this host's network, when its plugin is gone
   version   show what this is
 
 weft COMMAND -h lists the flags.
@@ -72,6 +74,10 @@ func run(ctx context.Context, args []string, p program) int {
 		err = p.status(ctx, args[1:])
 	case "address":
 		err = p.address(ctx, args[1:])
+	case "network":
+		err = p.network(ctx, args[1:])
+	case "uninstall":
+		err = p.uninstall(ctx, args[1:])
 	case "secret":
 		err = p.secret(ctx, args[1:])
 	case "version":

@@ -21,6 +21,7 @@ const (
 	PathStatus  = "/v1/status"
 	PathSecret  = "/v1/secret"
 	PathAddress = "/v1/address"
+	PathNetwork = "/v1/network"
 )
 
 // Call answers a request with a value, or an error in one line. The body is

@@ -158,3 +158,54 @@ func holderOf(ctx context.Context, path string) (holder string, root bool) {
 	}
 	return about, true
 }
+
+// Uninstall removes all that the instance has in the kernel and returns what that
+// was. Only forwarding stays as it is: others may rely on it by now.
+func (k *Kernel) Uninstall(ctx context.Context) (State, error) {
+	have, err := k.Owned(ctx)
+	if err != nil {
+		return State{}, err
+	}
+	have.Forward4, have.Forward6, have.Hook = false, false, true // also a rule that is not where it should be
+	if err := k.Remove(ctx, have); err != nil {
+		return State{}, err
+	}
+	if err := k.firewall.drop(ctx); err != nil {
+		return State{}, err
+	}
+	return have, k.shortcuts.drop(ctx)
+}
+
+// drop removes the table, whatever is in it.
+func (f *firewall) drop(ctx context.Context) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.dialLocked(); err != nil {
+		return err
+	}
+	f.conn.AddTable(f.rs.table) // or deleting it fails where there is none
+	f.conn.DelTable(f.rs.table)
+	f.have, f.sound = map[Element]bool{}, false
+	if err := f.flushLocked(deadline(ctx)); err != nil {
+		f.hangUpLocked()
+		return fmt.Errorf("remove nft table inet %s: %w", f.rs.table.Name, err)
+	}
+	return nil
+}
+
+// drop removes the table, whatever is in it.
+func (s *shortcuts) drop(ctx context.Context) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	until := deadline(ctx)
+	there, err := s.thereLocked(until, unix.NFT_MSG_GETTABLE, "")
+	if err != nil || !there {
+		return nil //nolint:nilerr // a kernel without the family has none
+	}
+	var b nfBatch
+	b.table(s.table, unix.NFT_MSG_DELTABLE)
+	if err := s.commitLocked(until, b); err != nil {
+		return fmt.Errorf("remove nft table netdev %s: %w", s.table, err)
+	}
+	return nil
+}
