@@ -372,5 +372,6 @@ func TestStart(t *testing.T) {
 		}
 	}
 	manyPorts(t, e)
+	checkDefaultRoutes(t, e)
 	e.checkClean(t)
 }
