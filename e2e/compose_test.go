@@ -15,6 +15,10 @@ import (
 var standIns = map[string]string{
 	"nginx:alpine": `CMD ["/probe","serve","tcp:80"]`,
 	"redis:alpine": `CMD ["/probe","serve","tcp:6379"]`,
+
+	"pihole/pihole:latest":                         `CMD ["/probe","serve","tcp:80","tcp:53","udp:53"]`,
+	"ghcr.io/home-assistant/home-assistant:stable": `CMD ["/probe","serve","tcp:8123"]`,
+	"plexinc/pms-docker:latest":                    `CMD ["/probe","serve","tcp:32400"]`,
 }
 
 // example is what is asked of one file of examples/.
@@ -65,12 +69,7 @@ func exampleTable() map[string]example {
 			},
 		},
 		"lan.yaml": {
-			before: func(w *world) {
-				w.e.net(w, "ip", "addr", "add", "192.168.1.10/24", "dev", "lan0")
-				w.e.lan.client.net(w, "ip", "addr", "add", "192.168.1.1/24", "dev", "lan0")
-				w.learn("lan.host", "192.168.1.10")
-				w.learn("router", "192.168.1.1")
-			},
+			before: homeLAN,
 			probes: []probe{
 				{name: "from the LAN", ask: dial("client", "tcp", "dns:80", "-wait", "5s"), want: "dns sees router"},
 				{name: "to the LAN", ask: dial("web", "tcp", "router:7000"), want: "client sees web"},
@@ -86,6 +85,18 @@ func exampleTable() map[string]example {
 				}, want: "web"},
 			},
 		},
+		"home-lab.yaml": {
+			before: homeLAN,
+			probes: []probe{
+				{name: "DNS, from the LAN", ask: dial("client", "udp", "pihole:53", "-wait", "5s"), want: "pihole sees router"},
+				{name: "DNS, from the host", ask: dial("host", "udp", "pihole:53"), want: "pihole sees lan.host"},
+				{name: "addresses", ask: func(w *world) string {
+					return strings.Join([]string{w.address["pihole"], w.address["homeassistant"], w.address["plex"]}, " ")
+				}, want: "192.168.1.201 192.168.1.202 192.168.1.203"},
+				{name: "Home Assistant to the LAN", ask: dial("homeassistant", "tcp", "router:7000"), want: "client sees homeassistant"},
+				{name: "Plex, from the LAN", ask: dial("client", "tcp", "plex:32400"), want: "plex sees router"},
+			},
+		},
 		"routed.yaml": {probes: []probe{
 			{name: "from outside at its own address", ask: dial("client", "tcp", "web:80", "-wait", "5s"), want: "web sees client"},
 			{name: "to outside", ask: dial("web", "tcp", "client:7000"), want: "client sees web"},
@@ -97,6 +108,14 @@ func exampleTable() map[string]example {
 			{name: "one to the other", ask: dial("one", "tcp", "two:80"), want: "timeout"},
 		}},
 	}
+}
+
+// homeLAN gives the host an address on a LAN as at home, with the client as its router.
+func homeLAN(w *world) {
+	w.e.net(w, "ip", "addr", "replace", "192.168.1.10/24", "dev", "lan0")
+	w.e.lan.client.net(w, "ip", "addr", "replace", "192.168.1.1/24", "dev", "lan0")
+	w.learn("lan.host", "192.168.1.10")
+	w.learn("router", "192.168.1.1")
 }
 
 // TestExamples runs every file of examples/ with Compose.
