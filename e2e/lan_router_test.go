@@ -155,6 +155,15 @@ func onlyForContainer() []string {
 	return []string{"--network", "name=lan,driver-opt=com.docker.network.endpoint.sysctls=net.ipv6.conf.IFNAME.disable_ipv6=0"}
 }
 
+// advertisedRoutes puts a container on the network lan that takes the routes which
+// routers advertise, those of up to 64 bits, as docs/lan.md has it.
+func advertisedRoutes() []string {
+	if suite.version.major < 27 {
+		return []string{"--network", "lan", "--sysctl", "net.ipv6.conf.eth0.accept_ra_rt_info_max_plen=64"}
+	}
+	return []string{"--network", "name=lan,driver-opt=com.docker.network.endpoint.sysctls=net.ipv6.conf.IFNAME.accept_ra_rt_info_max_plen=64"}
+}
+
 // routerTable is about what a container takes from the advertisements of the
 // LAN's router: the engine decides whether it has IPv6 at all, its kernel the
 // rest, and neither driver has a say. It comes last in a table, because the host
@@ -187,6 +196,11 @@ func routerTable(kind string) []group {
 		// named. Which of its two routes is used is left open.
 		{", no IPv6 gateway", lan4Args("--ipv6", "--subnet", lan6, "--ip-range", lan6Range), "arrives", "1",
 			own4 + own6 + made6 + given + ", " + learned, advertisedMTU, "0", "", false, nil},
+		// A border router of Thread advertises what is behind it.
+		{
+			", routes that are advertised", lan6Args(), "arrives", "1", own4 + own6 + made6 + given + ", " + given + ", " + learned + ", fd00:77::/64 via router dev eth0",
+			advertisedMTU, "0", "", false, advertisedRoutes(),
+		},
 		// Nobody gives it a way out, and it learns one from the LAN.
 		{", internal", lan6Args("--internal"), "arrives", "1", own4 + own6 + made6 + learned, advertisedMTU, "0", "answer", false, nil},
 		{", no IPv6", lan4Args(), "timeout", "0", own4 + given, "1500", "1", "no answer", false, nil},

@@ -15,8 +15,8 @@ import (
 
 // advertise sends one router advertisement (RFC 4861, section 4.2) to every
 // station of the interface's link: this machine is a router for half an hour,
-// stations make themselves an address of the /64, and the link takes packets
-// of that size.
+// stations make themselves an address of the /64, the link takes packets of that
+// size, and to routed it is this machine that leads.
 func advertise(args []string) error {
 	if len(args) != 3 {
 		return errors.New("usage: probe advertise interface prefix mtu")
@@ -53,6 +53,9 @@ func advertise(args []string) error {
 	return err
 }
 
+// routed is what a border router of Thread has behind it (RFC 4191, section 2.3).
+var routed = netip.MustParsePrefix("fd00:77::/64")
+
 // linkLocal is the only kind of address that stations take a router's word
 // from.
 func linkLocal(name string) (*net.IPAddr, error) {
@@ -87,5 +90,8 @@ func advertisement(prefix netip.Prefix, mtu uint32) []byte {
 	b = binary.BigEndian.AppendUint32(b, lifetime) // valid
 	b = binary.BigEndian.AppendUint32(b, lifetime) // preferred
 	b = append(b, 0, 0, 0, 0)                      // reserved
-	return append(b, prefix.Masked().Addr().AsSlice()...)
+	b = append(b, prefix.Masked().Addr().AsSlice()...)
+	b = append(b, 24, 2, byte(routed.Bits()), 0) // route information option of 16 bytes, of medium preference
+	b = binary.BigEndian.AppendUint32(b, lifetime)
+	return append(b, routed.Addr().AsSlice()[:8]...)
 }
