@@ -324,6 +324,23 @@ func TestParentDown(t *testing.T) {
 	}
 }
 
+// TestParentStrictSince: reverse path filtering that became strict after the network
+// was made, as by sysctl --system, is said.
+func TestParentStrictSince(t *testing.T) {
+	r := newRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"ipvlan","parent":"eth0","host_access":"true"}`))
+	f, _, err := r.host.Link(t.Context(), "eth0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.Strict = true
+	r.host.card(f)
+	s, err := r.d.Status(t.Context())
+	if err != nil || len(s.Networks) != 1 || !strings.Contains(s.Networks[0].Warning, "net.ipv4.conf.eth0.rp_filter=2") {
+		t.Error(s, err)
+	}
+}
+
 // TestAnnounce: the LAN hears of an endpoint three times, and no more when it is
 // gone; those on a bridge of ours hear of one once.
 func TestAnnounce(t *testing.T) {

@@ -93,11 +93,20 @@ func (d *Driver) Status(ctx context.Context) (Status, error) {
 			s.Networks[i].Warning = err.Error()
 		case !ok:
 			s.Networks[i].Warning = fmt.Sprintf("parent %s does not exist", n.Link)
+		case n.Mode == modeIPvlan && f.Strict && d.hasAccess(n.ID):
+			s.Networks[i].Warning = fmt.Sprintf("reverse path filtering on %s is strict and drops what its containers send to the host: run sysctl -w net.ipv4.conf.%s.rp_filter=2", n.Link, n.Link)
 		case !f.Up:
 			s.Networks[i].Warning = fmt.Sprintf("parent %s is down: run ip link set %s up", n.Link, n.Link)
 		}
 	}
 	return s, nil
+}
+
+func (d *Driver) hasAccess(id string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := d.networks[id]
+	return n != nil && n.rec.Options.HostAccess && !n.rec.Options.layer3()
 }
 
 // tables is what the driver knows by itself.

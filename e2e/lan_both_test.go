@@ -84,3 +84,37 @@ func checkMoved(t *testing.T, w *world) {
 	w.e.must(t, "rm", "-f", "moved")
 	w.boxes = w.boxes[:len(w.boxes)-1]
 }
+
+// checkNoGateway has containers on a network of ours that leads nowhere, and on a
+// bridge that leads out: in either order they reach the LAN by the bridge, and what
+// they publish is reached.
+func checkNoGateway(t *testing.T, w *world) {
+	t.Helper()
+	e := w.e
+	w.network("inner", "--subnet", "10.209.0.0/24", "-o", "egress=none")
+	ports := map[string]string{}
+	var starts []func()
+	for _, x := range []struct{ name, first, then, port string }{
+		{"inner-theirs", "inner", "theirs", "8095"}, {"theirs-inner", "theirs", "inner", "8096"},
+		{"inner-ours", "inner", "bridged", "8097"}, {"ours-inner", "bridged", "inner", "8098"},
+	} {
+		ports[x.name] = x.port
+		starts = append(starts, func() {
+			w.run(x.name, "--network", x.first, "-p", x.port+":80")
+			e.must(t, "network", "connect", x.then, x.name)
+			e.must(t, "restart", "-t", "0", x.name)
+		})
+	}
+	w.all(starts...)
+	w.look()
+	w.settle()
+	for name, port := range ports {
+		w.check(name+": ",
+			probe{name: "out", ask: dial(name, "tcp", "client:7000", "-wait", "3s"), want: "client sees host"},
+			probe{name: "published", ask: dial("client", "tcp", "host:"+port, "-wait", "3s"), want: name + " sees client"})
+		e.must(t, "rm", "-f", name)
+	}
+	e.must(t, "network", "rm", "inner")
+	w.boxes = w.boxes[:len(w.boxes)-4]
+	w.nets = w.nets[:len(w.nets)-1]
+}

@@ -111,6 +111,7 @@ func TestLANAccess(t *testing.T) {
 	}
 	checkBoth(t, w)
 	checkMoved(t, w)
+	checkNoGateway(t, w)
 
 	e.killPlugin(t)
 	w.check("while the plugin is dead: ", accessProbes("host")[:6]...)

@@ -45,6 +45,9 @@ func TestRepair(t *testing.T) {
 	e.net(t, "ip", "link", "del", bridge)
 	e.net(t, "ip", "link", "set", port, "nomaster")
 	e.net(t, "iptables", "-D", "FORWARD", e.hookNumber(t))
+	// As sysctl --system does on hosts whose files say so.
+	e.net(t, "sh", "-c", "cd /proc/sys/net && echo 0 >ipv4/ip_forward && echo 0 >ipv6/conf/all/forwarding && echo 1 >ipv4/conf/all/rp_filter && "+
+		"for f in ipv4/conf/*/route_localnet; do echo 0 >$f; done")
 	damaged := time.Now()
 	e.works(t, repairTime, host4+":8080")
 	e.works(t, repairTime, host4+":8090")
