@@ -70,7 +70,10 @@ type Config struct {
 	// Chosen reports whether nobody typed a network's subnet, or its gateway. ours is
 	// false where an IPAM handed them out that does not say. nil: none says.
 	Chosen func(pool netip.Prefix, gateway netip.Addr) (subnet, address, ours bool)
-	Log    logrus.FieldLogger
+	// Damaged gets a value when others took something of ours out of the firewall.
+	// nil: damage is found by the next pass.
+	Damaged <-chan struct{}
+	Log     logrus.FieldLogger
 }
 
 // Driver is the network driver. See the package's comment for its locks.
@@ -85,6 +88,7 @@ type Driver struct {
 	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
 	chosen    func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
 	log       logrus.FieldLogger
+	damaged   <-chan struct{}
 	now       func() time.Time
 	started   time.Time
 	news      chan news  // for Announce
@@ -165,7 +169,7 @@ func New(c Config) (*Driver, error) {
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
 		station: c.Station, chosen: c.Chosen, log: c.Log,
-		now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
+		damaged: c.Damaged, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }
 

@@ -14,6 +14,11 @@ import (
 const (
 	// period is how long damage lasts that others do.
 	period = 30 * time.Second
+	// leastWait and mostWait bound the time between two passes for which the
+	// firewall's damage is the reason: a reload makes several changes, and who
+	// damages it over and over must not keep us busy.
+	leastWait = 50 * time.Millisecond
+	mostWait  = time.Second
 	// passTime bounds one pass.
 	passTime = 25 * time.Second
 	// joinTime is how long the engine may take from CreateEndpoint until it
@@ -114,16 +119,26 @@ func (d *Driver) hold(ctx context.Context) error {
 	return nil
 }
 
-// Run repairs every 30 s until ctx ends.
+// Run repairs every 30 s, and when the firewall was damaged, until ctx ends.
 func (d *Driver) Run(ctx context.Context) error {
 	tick := time.NewTicker(period)
 	defer tick.Stop()
-	last := ""
+	last, wait, before := "", leastWait, time.Time{}
 	for {
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-tick.C:
+		case <-d.damaged:
+			if time.Since(before) > 10*mostWait {
+				wait = leastWait
+			}
+			select {
+			case <-ctx.Done():
+				return nil
+			case <-time.After(wait):
+			}
+			wait, before = min(2*wait, mostWait), time.Now()
 		}
 		pass, cancel := context.WithTimeout(ctx, passTime)
 		_, err := d.Reconcile(pass)

@@ -354,3 +354,36 @@ func TestNewWantsEverything(t *testing.T) {
 		t.Error("an empty Config was accepted")
 	}
 }
+
+// TestRunDamaged: damage that is told of is repaired at once, and not in 30 s.
+func TestRunDamaged(t *testing.T) {
+	damaged := make(chan struct{}, 1)
+	r := newRigWith(t, func(c *Config) { c.Damaged = damaged })
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", ""))
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- r.d.Run(ctx) }()
+	elements := func() []datapath.Element {
+		have, err := r.kernel.Owned(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return have.Elements
+	}
+	for range 2 {
+		gone := datapath.State{Elements: elements()}
+		if err := r.kernel.Remove(ctx, gone); err != nil {
+			t.Fatal(err)
+		}
+		damaged <- struct{}{}
+		for stop := time.Now().Add(5 * time.Second); len(elements()) != len(gone.Elements); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(stop) {
+				t.Fatal("not repaired")
+			}
+		}
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}

@@ -4,6 +4,7 @@ package e2e
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -41,6 +42,16 @@ func TestRepair(t *testing.T) {
 			port = x.Link
 		}
 	}
+	// A firewall that is flushed is there again at once: nftables tells.
+	e.net(t, "nft", "flush", "table", "inet", "weft")
+	flushed := time.Now()
+	eventually(t, 5*time.Second, "the rules are back", func() error {
+		if !strings.Contains(e.net(t, "nft", "list", "table", "inet", "weft"), "goto to_bridge") {
+			return errors.New("they are not")
+		}
+		return nil
+	})
+	note("flushed table: rules back after %v", time.Since(flushed).Round(10*time.Millisecond))
 	e.net(t, "nft", "flush", "table", "inet", "weft")
 	e.net(t, "ip", "link", "del", bridge)
 	e.net(t, "ip", "link", "set", port, "nomaster")

@@ -86,6 +86,7 @@ func (d *daemon) run(ctx context.Context) {
 	}
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return d.parts.driver.Run(ctx) })
+	g.Go(func() error { return d.parts.kernel.Watch(ctx) })
 	g.Go(func() error { return d.parts.driver.Announce(ctx) })
 	g.Go(func() error { return d.parts.driver.Sweep(ctx) })
 	g.Go(func() error { return d.parts.ipam.Run(ctx) })
@@ -183,7 +184,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		return p, err
 	}
 	c := driver.Config{
-		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, Host: p.kernel, Cluster: p.cluster, Log: log,
+		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, Damaged: p.kernel.Damaged(), Host: p.kernel, Cluster: p.cluster, Log: log,
 		Station: func(subnet netip.Prefix, a netip.Addr) (datapath.MAC, bool) {
 			mac, ok := p.ipam.Station(subnet, a) // made below, and there before the first call
 			return mac, ok

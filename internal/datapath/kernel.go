@@ -36,6 +36,8 @@ type Kernel struct {
 
 	resolvConf string // path; tests have their own
 
+	damaged chan struct{} // capacity 1; see Watch
+
 	mu      sync.Mutex // held while forwarding is switched on or uplinks change
 	uplinks []string   // as the firewall knows them
 }
@@ -55,6 +57,7 @@ func New(c Config) (_ *Kernel, err error) {
 		sysctl:     newSysctl(pluginSysctls),
 		sockets:    newSockets(c.Log),
 		hook:       newHook(c.Log, in.table),
+		damaged:    make(chan struct{}, 1),
 		resolvConf: "/etc/resolv.conf",
 	}
 	if k.links, err = newLinks(in); err != nil {
