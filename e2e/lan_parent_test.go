@@ -65,6 +65,7 @@ func TestLANParent(t *testing.T) {
 	t.Parallel()
 	w := newLANWorld(t)
 	t.Run("refused", func(t *testing.T) { refuse(t, w.e) })
+	t.Run("gateway", func(t *testing.T) { lanGateway(t, w.e) })
 	t.Run("replaced", func(t *testing.T) { replaceParent(t, w.e) })
 	t.Run("VLAN of the host", func(t *testing.T) { hostVLAN(t, w.e) })
 }
@@ -122,6 +123,41 @@ func refuse(t *testing.T, e *engine) {
 	}
 	e.removeAll(t)
 	e.checkClean(t)
+}
+
+// lanGateway makes networks without --gateway on a LAN whose router the host knows,
+// and on one whose router it does not.
+func lanGateway(t *testing.T, e *engine) {
+	t.Helper()
+	args := []string{"network", "create", "-d", ours, "-o", "mode=macvlan", "-o", "parent=lan0", "--subnet", lan4, "--ip-range", lan4Range}
+	gateway := func(name string) string {
+		t.Helper()
+		e.run(t, "alpha", "--network", name)
+		defer e.must(t, "rm", "-f", "alpha")
+		out := e.must(t, "inspect", "-f", "{{range .NetworkSettings.Networks}}{{.Gateway}}{{end}}", "alpha")
+		e.must(t, "rm", "-f", "alpha")
+		e.must(t, "network", "rm", name)
+		return out
+	}
+	e.must(t, append(args, "--ipam-driver", ours, "lan")...)
+	if g := gateway("lan"); g != "" {
+		t.Errorf("without a default route the gateway is %q, want none", g)
+	}
+	e.net(t, "ip", "route", "add", "default", "via", client4, "dev", "lan0")
+	defer e.net(t, "ip", "route", "del", "default", "via", client4, "dev", "lan0")
+	e.must(t, append(args, "--ipam-driver", ours, "lan")...)
+	if g := gateway("lan"); g != client4 {
+		t.Errorf("the gateway is %q, want the host's own, %s", g, client4)
+	}
+	// The engine's IPAM does not say whether it made the gateway up.
+	out, err := e.docker(append(args, "lan")...)
+	if err != nil {
+		if text := lastLine(err); !strings.Contains(text, "--gateway "+client4) {
+			t.Errorf("refused with %s", text)
+		}
+	} else if g := gateway("lan"); g != client4 {
+		t.Errorf("the engine's IPAM: the gateway is %q, want the host's own, %s; %s", g, client4, out)
+	}
 }
 
 // replaceParent pulls the card out and plugs it in again while containers
