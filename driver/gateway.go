@@ -97,7 +97,7 @@ func (d *Driver) settleGateways(ctx context.Context, n *Network, modern bool) er
 		return err
 	}
 	if n.onParent() && l.Name != "" && usable(l.LinkFacts, false) != nil {
-		return nil // refused as soon as it is looked for
+		return nil //nolint:nilerr // refused as soon as it is looked for
 	}
 	d.mu.Lock()
 	var before []Subnet
@@ -108,7 +108,7 @@ func (d *Driver) settleGateways(ctx context.Context, n *Network, modern bool) er
 	for i := range n.Subnets {
 		s := &n.Subnets[i]
 		f := familyOf(s.Pool.Addr())
-		guessed, typed := d.typed(*n, *s, modern && d.skip(*n, f, l))
+		guessed, typed := d.typed(*s, modern && d.skip(*n, f, l))
 		if at := slices.IndexFunc(before, func(b Subnet) bool { return b.Pool == s.Pool }); at >= 0 {
 			if !typed {
 				s.Gateway = before[at].Gateway
@@ -137,7 +137,7 @@ func (d *Driver) settleGateways(ctx context.Context, n *Network, modern bool) er
 
 // typed reports whether it is known that somebody typed the gateway of a subnet, or
 // that nobody did: then it was guessed. asked: the engine does not guess here.
-func (d *Driver) typed(n Network, s Subnet, asked bool) (guessed, typed bool) {
+func (d *Driver) typed(s Subnet, asked bool) (guessed, typed bool) {
 	if !s.Gateway.IsValid() {
 		return true, false
 	}

@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"strings"
 	"testing"
-
-	"github.com/sirupsen/logrus"
 )
 
 // TestInterfaceName: --driver-opt com.docker.network.endpoint.ifname is exact where
@@ -43,7 +41,7 @@ func TestInterfaceName(t *testing.T) {
 		r.must("DeleteEndpoint", ids(net1, ep1))
 	}
 	for _, e := range r.log.AllEntries() {
-		if e.Level == logrus.WarnLevel {
+		if e.Level.String() == "warning" {
 			said = append(said, e.Message)
 		}
 	}

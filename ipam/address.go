@@ -232,12 +232,12 @@ func (p *pool) next(r addressRequest, now time.Time) (netip.Addr, bool) {
 
 func (p *pool) exhausted(id poolID) error {
 	if id.sub.IsValid() {
-		return fmt.Errorf("no free address left in %s of pool %s: all %s are in use", id.sub, p.prefix, count(id.auto()))
+		return fmt.Errorf("no free address left in %s of pool %s: all %s are in use: remove a container, give --ip, or make the network with a larger --ip-range", id.sub, p.prefix, count(id.auto()))
 	}
 	if n := len(p.reservedFor); n > 0 {
-		return fmt.Errorf("no free address left in pool %s: %d of %s are in use, and %d are reserved", p.prefix, p.taken.len(), p.size(), n)
+		return fmt.Errorf("no free address left in pool %s: %d of %s are in use, and %d are reserved: remove a container, or make the network with a larger --subnet", p.prefix, p.taken.len(), p.size(), n)
 	}
-	return fmt.Errorf("no free address left in pool %s: %d of %s are in use", p.prefix, p.taken.len(), p.size())
+	return fmt.Errorf("no free address left in pool %s: %d of %s are in use: remove a container, or make the network with a larger --subnet", p.prefix, p.taken.len(), p.size())
 }
 
 // explicit hands out a given address, and reports whether it was handed out

@@ -160,7 +160,7 @@ func TestSharedSpace(t *testing.T) {
 			alpha: addr space=blue,10.44.0.0/29 -> 10.44.0.4/29
 			beta: addr space=blue,10.44.0.0/29 -> 10.44.0.5/29
 			beta: addr space=blue,10.44.0.0/29 -> 10.44.0.6/29
-			beta: addr space=blue,10.44.0.0/29 -> error: no free address left in pool 10.44.0.0/29: 6 of 6 are in use
+			beta: addr space=blue,10.44.0.0/29 -> error: no free address left in pool 10.44.0.0/29: 6 of 6 are in use: remove a container, or make the network with a larger --subnet
 			alpha: free space=blue,10.44.0.0/29 10.44.0.3 -> ok
 			beta: addr space=blue,10.44.0.0/29 -> 10.44.0.3/29
 			alpha: unpool space=blue,10.44.0.0/29 -> ok

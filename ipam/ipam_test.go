@@ -222,7 +222,7 @@ func TestScripts(t *testing.T) {
 			addr weft-global,10.2.0.0/29 -> 10.2.0.5/29
 			addr weft-global,10.2.0.0/29 -> 10.2.0.6/29
 			addr weft-global,10.2.0.0/29 -> 10.2.0.2/29
-			addr weft-global,10.2.0.0/29 -> error: no free address left in pool 10.2.0.0/29: 6 of 6 are in use
+			addr weft-global,10.2.0.0/29 -> error: no free address left in pool 10.2.0.0/29: 6 of 6 are in use: remove a container, or make the network with a larger --subnet
 			free weft-global,10.2.0.0/29 10.2.0.4 -> ok
 			addr weft-global,10.2.0.0/29 -> 10.2.0.4/29`,
 		"explicit addresses": `
@@ -247,7 +247,7 @@ func TestScripts(t *testing.T) {
 			addr weft-local,10.1.0.0/24,10.1.0.252/30 -> 10.1.0.252/24
 			addr weft-local,10.1.0.0/24,10.1.0.252/30 -> 10.1.0.253/24
 			addr weft-local,10.1.0.0/24,10.1.0.252/30 -> 10.1.0.254/24
-			addr weft-local,10.1.0.0/24,10.1.0.252/30 -> error: no free address left in 10.1.0.252/30 of pool 10.1.0.0/24: all 3 are in use
+			addr weft-local,10.1.0.0/24,10.1.0.252/30 -> error: no free address left in 10.1.0.252/30 of pool 10.1.0.0/24: all 3 are in use: remove a container, give --ip, or make the network with a larger --ip-range
 			addr weft-local,10.1.0.0/24,10.1.0.252/30 10.1.0.9 -> 10.1.0.9/24`,
 		"small pools": `
 			pool local 10.3.0.0/31 -> weft-local,10.3.0.0/31
