@@ -48,10 +48,7 @@ func exampleTable() map[string]example {
 				{name: "from the LAN", ask: dial("client", "tcp", "web:80", "-wait", "5s"), want: "web sees client"},
 				{name: "to the LAN", ask: dial("web", "tcp", "client:7000"), want: "client sees web"},
 				{name: "from the host", ask: dial("host", "tcp", "web:80"), want: "web sees host"},
-				{name: "published, from the LAN", ask: func(w *world) string {
-					who, _, _ := strings.Cut(w.dialFrom("client", "tcp", "host:8080"), " sees ")
-					return who
-				}, want: "web"},
+				{name: "published, from the LAN", ask: answered("client", "host:8080"), want: "web"},
 			},
 		},
 		"reservations.yaml": {probes: []probe{
@@ -76,13 +73,8 @@ func exampleTable() map[string]example {
 				{name: "address", ask: fact("dns", func(_ *world, ifs []iface) string { return ifs[0].Addrs[0] }), want: "192.168.1.200/24"},
 				{name: "from the host", ask: dial("host", "tcp", "web:80"), want: "web sees lan.host"},
 				{name: "by name", ask: dial("web", "tcp", "name/dns:80"), want: "dns sees web"},
-				{name: "from a bridge", ask: dial("cache", "tcp", "web:80"), want: "web sees cache"},
-				{name: "to a bridge", ask: dial("web", "tcp", "cache:6379"), want: "cache sees web"},
-				{name: "published, from the LAN", ask: func(w *world) string {
-					// The host's own sub-interface has an address of its own choice.
-					who, _, _ := strings.Cut(w.dialFrom("client", "tcp", "lan.host:8080"), " sees ")
-					return who
-				}, want: "web"},
+				{name: "from a bridge", ask: answered("cache", "web:80"), want: "web"},
+				{name: "published, from the LAN", ask: answered("client", "lan.host:8080"), want: "web"},
 			},
 		},
 		"home-lab.yaml": {
@@ -107,6 +99,15 @@ func exampleTable() map[string]example {
 			{name: "from the host", ask: dial("host", "tcp", "lo:8082"), want: "two sees gateway"},
 			{name: "one to the other", ask: dial("one", "tcp", "two:80"), want: "timeout"},
 		}},
+	}
+}
+
+// answered is who answers, where the client is seen by the address that the
+// host's own sub-interface has chosen.
+func answered(from, to string) func(*world) string {
+	return func(w *world) string {
+		who, _, _ := strings.Cut(w.dialFrom(from, "tcp", to), " sees ")
+		return who
 	}
 }
 
