@@ -12,6 +12,8 @@ import (
 	"runtime"
 	"syscall"
 	"time"
+
+	"github.com/weftnet/weft/internal/datapath"
 )
 
 // Set by the linker.
@@ -48,7 +50,7 @@ func main() {
 		fmt.Fprintln(os.Stderr, "weft: cut off while stopping")
 		os.Exit(1)
 	})
-	os.Exit(run(ctx, os.Args[1:], program{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.Getenv, dataRoot: "/var/lib/docker", drop: dropPrivileges}))
+	os.Exit(run(ctx, os.Args[1:], program{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.Getenv, dataRoot: "/var/lib/docker", drop: datapath.DropPrivileges}))
 }
 
 // program is what a command has of the process around it.

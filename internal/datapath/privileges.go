@@ -1,4 +1,4 @@
-package main
+package datapath
 
 import (
 	"errors"
@@ -16,9 +16,9 @@ const privileges = 1<<unix.CAP_NET_ADMIN | // links, addresses, routes, nftables
 	1<<unix.CAP_NET_BIND_SERVICE | // published ports below 1024
 	1<<unix.CAP_DAC_OVERRIDE // the state's directory belongs to another user where the engine remaps users
 
-// dropPrivileges gives up for good, in all threads and for what they start,
+// DropPrivileges gives up for good, in all threads and for what they start,
 // every privilege that the plugin does not use.
-func dropPrivileges() error {
+func DropPrivileges() error {
 	for c := 0; c <= unix.CAP_LAST_CAP; c++ {
 		if privileges&(1<<c) != 0 {
 			continue
