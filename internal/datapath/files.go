@@ -50,8 +50,8 @@ func (f *files) room(n int) error {
 	if n <= f.mostHeld-f.held {
 		return nil
 	}
-	return fmt.Errorf("at most %d ports can be held, %d are, and %d more are asked for (a port counts for each host address, so twice for both families): "+
-		"publish fewer, give one host address, or raise LimitNOFILE= of the engine and of containerd, which is %d", f.mostHeld, f.held, n, f.limit)
+	return fmt.Errorf("at most %d ports can be held, %d are, and %d more are asked for: publish fewer, or raise LimitNOFILE= of the engine and of containerd, which is %d",
+		f.mostHeld, f.held, n, f.limit)
 }
 
 // hold counts ports that are held from now on, or, below 0, no longer.

@@ -168,7 +168,7 @@ func (k *Kernel) ensure(ctx context.Context, s State, d *done) error {
 		if err := ctx.Err(); err != nil {
 			return fmt.Errorf("%s: %w", x, err)
 		}
-		made, err := k.sockets.ensure(ctx, x)
+		made, err := k.sockets.ensure(ctx, x, x.pairedIn(s.Sockets))
 		if err != nil {
 			return err
 		}
@@ -401,7 +401,7 @@ func (k *Kernel) Remove(ctx context.Context, s State) error {
 		k.flows.forget(ctx, nil, ports)
 	}
 	for _, x := range s.Sockets {
-		errs = append(errs, k.sockets.release(x))
+		errs = append(errs, k.sockets.release(ctx, x))
 	}
 	links := k.removeLinks(ctx, s)
 	errs = append(errs, links)

@@ -55,8 +55,9 @@ type service struct {
 }
 
 // start serves sock. It returns nil where there is nothing to serve. ctx is not a
-// call's: the service outlives that.
-func (p *proxy) start(ctx context.Context, sock io.Closer, to netip.AddrPort) (*service, error) {
+// call's: the service outlives that. What comes by IPv4 to a socket for both
+// families goes to to4.
+func (p *proxy) start(ctx context.Context, sock io.Closer, to, to4 netip.AddrPort) (*service, error) {
 	var raw syscall.RawConn
 	var ready func()
 	s := &service{}
@@ -66,11 +67,11 @@ func (p *proxy) start(ctx context.Context, sock io.Closer, to netip.AddrPort) (*
 		if raw, err = sock.SyscallConn(); err != nil {
 			return nil, fmt.Errorf("proxy TCP: %w", err)
 		}
-		t := &tcpProxy{proxy: p, raw: raw, to: to}
+		t := &tcpProxy{proxy: p, raw: raw, to: to, to4: to4}
 		t.ctx, t.cancel = context.WithCancel(ctx)
 		ready, s.end = t.ready, t.end
 	case *net.UDPConn:
-		u, err := newUDPProxy(ctx, p, sock, to)
+		u, err := newUDPProxy(ctx, p, sock, to, to4)
 		if err != nil {
 			return nil, err
 		}
@@ -107,6 +108,7 @@ type tcpProxy struct {
 	*proxy
 	raw    syscall.RawConn // of the listening socket
 	to     netip.AddrPort
+	to4    netip.AddrPort
 	ctx    context.Context // of all connections
 	cancel context.CancelFunc
 	conns  sync.WaitGroup
@@ -137,7 +139,11 @@ func (t *tcpProxy) ready() {
 		}
 		t.conns.Go(func() {
 			defer t.files.give(tcpFiles, &t.open)
-			t.passTCP(t.ctx, client, t.to)
+			to := t.to
+			if client.LocalAddr().(*net.TCPAddr).IP.To4() != nil {
+				to = t.to4
+			}
+			t.passTCP(t.ctx, client, to)
 		})
 	}
 }

@@ -31,6 +31,7 @@ type udpProxy struct {
 	sock *net.UDPConn
 	raw  syscall.RawConn
 	to   netip.AddrPort
+	to4  netip.AddrPort
 
 	mu       sync.Mutex
 	sessions map[udpClient]*net.UDPConn
@@ -45,7 +46,7 @@ type udpClient struct {
 	local netip.Addr
 }
 
-func newUDPProxy(ctx context.Context, p *proxy, sock *net.UDPConn, to netip.AddrPort) (*udpProxy, error) {
+func newUDPProxy(ctx context.Context, p *proxy, sock *net.UDPConn, to, to4 netip.AddrPort) (*udpProxy, error) {
 	raw, err := sock.SyscallConn()
 	if err != nil {
 		return nil, fmt.Errorf("proxy UDP: %w", err)
@@ -61,7 +62,7 @@ func newUDPProxy(ctx context.Context, p *proxy, sock *net.UDPConn, to netip.Addr
 	if err := errors.Join(err, opt); err != nil {
 		return nil, fmt.Errorf("proxy UDP: ask for destination addresses: %w", err)
 	}
-	return &udpProxy{proxy: p, ctx: ctx, sock: sock, raw: raw, to: to}, nil
+	return &udpProxy{proxy: p, ctx: ctx, sock: sock, raw: raw, to: to, to4: to4}, nil
 }
 
 // ready passes on a few of the datagrams that wait, so that other ports have
@@ -114,7 +115,11 @@ func (u *udpProxy) session(client udpClient) (*net.UDPConn, error) {
 	if len(u.sessions) >= maxSessions || !u.files.take(1, &u.open) {
 		return nil, fmt.Errorf("%d clients at once", len(u.sessions))
 	}
-	c, err := u.dial(u.ctx, "udp", u.to.String())
+	to := u.to
+	if client.local.Unmap().Is4() {
+		to = u.to4
+	}
+	c, err := u.dial(u.ctx, "udp", to.String())
 	server, ok := c.(*net.UDPConn)
 	if err == nil && !ok {
 		err = errors.Join(fmt.Errorf("dial %s: got a %T", u.to, c), c.Close())

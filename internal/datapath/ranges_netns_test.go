@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"runtime"
@@ -58,7 +59,7 @@ func TestTenThousandPorts(t *testing.T) {
 	_, err := k.Reserve(t.Context(), PortRequest{Proto: UDP, Hosts: addrs("0.0.0.0"), First: 20000, Last: 20000, More: 1})
 	wantError(t, err, "20000/udp", "published for 10.7.0.2:20000")
 	_, err = k.Reserve(t.Context(), PortRequest{Proto: UDP, Hosts: addrs("0.0.0.0", "::"), First: 30000, Last: 30000, More: 20000})
-	wantError(t, err, "ports can be held", "10001 are", "40002 more", "LimitNOFILE")
+	wantError(t, err, "ports can be held", "10001 are", "20001 more", "LimitNOFILE")
 	start = time.Now()
 	remove(t, k, s)
 	t.Logf("withdrawn in %s", time.Since(start))
@@ -66,6 +67,111 @@ func TestTenThousandPorts(t *testing.T) {
 	goroutines(t, n)
 	if !free(t, "udp4", "0.0.0.0:10000") || !free(t, "udp4", "0.0.0.0:20000") {
 		t.Error("ports are still held")
+	}
+}
+
+// A range on all addresses of both families has one socket for each port, also
+// when it is held again after a start; what is left of it has its own.
+func TestRangeOnBothFamilies(t *testing.T) {
+	for _, proto := range []Proto{UDP, TCP} {
+		t.Run(proto.String(), func(t *testing.T) {
+			k, _ := newKernel(t)
+			const more = 200
+			socket := func(host, to string) Socket {
+				return Socket{Proto: proto, Host: addrPort(host), To: addrPort(to), More: more}
+			}
+			v4, v6 := socket("0.0.0.0:10000", "10.7.0.2:20000"), socket("[::]:10000", "[fd07::2]:20000")
+			both := State{Sockets: []Socket{v4, v6}}
+			wantFree := func(free4, free6 bool) {
+				t.Helper()
+				for _, p := range []string{"10000", "10100", "10200"} {
+					if got := free(t, proto.String()+"4", "0.0.0.0:"+p); got != free4 {
+						t.Errorf("port %s is free for IPv4: %t", p, got)
+					}
+					if got := free(t, proto.String()+"6", "[::]:"+p); got != free6 {
+						t.Errorf("port %s is free for IPv6: %t", p, got)
+					}
+				}
+			}
+			n, before := runtime.NumGoroutine(), openFiles(t)
+			hold := func() {
+				t.Helper()
+				ensure(t, k, both)
+				same(t, k, both)
+				if got := openFiles(t) - before; got > more+10 {
+					t.Errorf("%d files for %d ports", got, more+1)
+				}
+				wantFree(false, false)
+			}
+			for range 2 {
+				if _, err := k.Reserve(t.Context(), PortRequest{Proto: proto, Hosts: addrs("0.0.0.0", "::"), First: 10000, Last: 10000, More: more}); err != nil {
+					t.Fatal(err)
+				}
+				wantFree(false, false)
+				remove(t, k, both)
+				wantFree(true, true)
+			}
+			hold()
+			remove(t, k, State{Sockets: []Socket{v6}})
+			wantFree(false, true)
+			same(t, k, State{Sockets: []Socket{v4}})
+			other := socket("[::]:10000", "10.7.0.2:20000")
+			ensure(t, k, State{Sockets: []Socket{other}})
+			wantFree(false, false)
+			remove(t, k, State{Sockets: []Socket{v4, other}})
+			wantFree(true, true)
+			hold()
+			remove(t, k, both)
+			wantFree(true, true)
+			same(t, k, State{})
+			goroutines(t, n)
+			if got := k.sockets.files.held; got != 0 {
+				t.Errorf("%d ports are counted as held", got)
+			}
+		})
+	}
+}
+
+// What comes to a socket for both families is passed on and answered by the address
+// that was asked, in both.
+func TestRangeOnBothFamiliesIsProxied(t *testing.T) {
+	for _, proto := range []Proto{UDP, TCP} {
+		t.Run(proto.String(), func(t *testing.T) {
+			k, container := proxied(t, proto)
+			if proto == UDP {
+				echoPort(t, container, 20003)
+			} else {
+				var l net.Listener
+				container.Do(func() { l, _ = net.Listen("tcp4", "10.7.0.2:20003") })
+				closeLater(t)(l, nil)
+				go func() {
+					for {
+						c, err := l.Accept()
+						if err != nil {
+							return
+						}
+						_, _ = c.Write([]byte("20003"))
+						_ = c.Close()
+					}
+				}()
+			}
+			ensure(t, k, State{Sockets: []Socket{
+				{Proto: proto, Host: addrPort("0.0.0.0:10000"), To: addrPort("10.7.0.2:20000"), More: 5},
+				{Proto: proto, Host: addrPort("[::]:10000"), To: addrPort("10.7.0.2:20000"), More: 5},
+			}})
+			for _, addr := range []string{"127.0.0.1:10003", "[::1]:10003", "10.7.0.1:10003", "[fd07::1]:10003"} {
+				var got []byte
+				var err error
+				if proto == UDP {
+					got, err = ask(dialUDP(t, addr), []byte("?"))
+				} else {
+					got, err = io.ReadAll(dialTCP(t, addr))
+				}
+				if err != nil || string(got) != "20003" {
+					t.Errorf("%s answers %q, %v", addr, got, err)
+				}
+			}
+		})
 	}
 }
 

@@ -42,6 +42,7 @@ type held struct {
 	sock    io.Closer      // nil where the kernel has no such sockets
 	to      netip.AddrPort // zero while it is only reserved
 	service *service       // nil without a proxy
+	twin    *held          // the other family's, if one socket holds both; see dual
 }
 
 func (h *held) close() error {
@@ -88,9 +89,11 @@ func (s *sockets) close() {
 	s.mu.Lock()
 	all := s.held
 	s.held, s.served = make(map[hostPort]*held), make(map[Socket]bool)
-	s.files.hold(-len(all))
 	s.mu.Unlock()
 	for _, h := range all {
+		if h.twin == nil || h.sock != nil {
+			s.files.hold(-1)
+		}
 		_ = h.close()
 	}
 }
@@ -129,7 +132,9 @@ func (x Socket) ports() iter.Seq2[hostPort, netip.AddrPort] {
 }
 
 // ensure makes x held and served. made says that it was not before.
-func (s *sockets) ensure(ctx context.Context, x Socket) (made bool, err error) {
+//
+// both says that the same range is to be held on all addresses of both families.
+func (s *sockets) ensure(ctx context.Context, x Socket, both bool) (made bool, err error) {
 	if x, err = x.normal(); err != nil {
 		return false, err
 	}
@@ -142,10 +147,10 @@ func (s *sockets) ensure(ctx context.Context, x Socket) (made bool, err error) {
 	whole := context.WithoutCancel(ctx)
 	for p, to := range x.ports() {
 		if err = ctx.Err(); err == nil {
-			err = s.serveLocked(whole, p, to)
+			err = s.serveLocked(whole, p, to, both)
 		}
 		if err != nil {
-			return false, errors.Join(err, s.dropLocked(done...))
+			return false, errors.Join(err, s.dropLocked(ctx, done...))
 		}
 		done = append(done, p)
 	}
@@ -154,26 +159,30 @@ func (s *sockets) ensure(ctx context.Context, x Socket) (made bool, err error) {
 }
 
 // serveLocked holds one port, or adopts it where it is reserved, and serves it.
-func (s *sockets) serveLocked(ctx context.Context, p hostPort, to netip.AddrPort) error {
+func (s *sockets) serveLocked(ctx context.Context, p hostPort, to netip.AddrPort, both bool) error {
 	h := s.held[p]
 	if h != nil && h.to.IsValid() {
 		return fmt.Errorf("%s is already published for %s", p, h.to)
 	}
 	var err error
 	if h == nil {
-		if h, err = s.bindLocked(ctx, p); err != nil {
+		if h, err = s.bindLocked(ctx, p, both); err != nil {
 			return err
 		}
 	}
 	h.to = to
-	if h.service, err = s.proxy.start(ctx, h.sock, to); err != nil {
-		return errors.Join(fmt.Errorf("%s: %w", p, err), s.dropLocked(p))
+	to4 := to
+	if h.twin != nil && h.twin.to.IsValid() {
+		to4 = h.twin.to
+	}
+	if h.service, err = s.proxy.start(ctx, h.sock, to, to4); err != nil {
+		return errors.Join(fmt.Errorf("%s: %w", p, err), s.dropLocked(ctx, p))
 	}
 	return nil
 }
 
 // release lets go of x. A port held for somebody else is not x: x is absent.
-func (s *sockets) release(x Socket) error {
+func (s *sockets) release(ctx context.Context, x Socket) error {
 	x, err := x.normal()
 	if err != nil {
 		return nil //nolint:nilerr // nothing like it was ever held
@@ -185,10 +194,14 @@ func (s *sockets) release(x Socket) error {
 	for p, to := range x.ports() {
 		if h := s.held[p]; h != nil && (!h.to.IsValid() || was && h.to == to) {
 			delete(s.held, p)
+			s.files.hold(-1)
+			if h.twin != nil {
+				err = errors.Join(err, s.partLocked(ctx, p, h))
+				continue
+			}
 			gone = append(gone, h)
 		}
 	}
-	s.files.hold(-len(gone))
 	s.mu.Unlock()
 	for _, h := range gone {
 		err = errors.Join(err, h.close())
@@ -199,11 +212,18 @@ func (s *sockets) release(x Socket) error {
 	return nil
 }
 
-func (s *sockets) dropLocked(ports ...hostPort) (err error) {
+func (s *sockets) dropLocked(ctx context.Context, ports ...hostPort) (err error) {
 	for _, p := range ports {
 		h := s.held[p]
+		if h == nil {
+			continue // went with its twin
+		}
 		delete(s.held, p)
 		s.files.hold(-1)
+		if h.twin != nil {
+			err = errors.Join(err, s.partLocked(ctx, p, h))
+			continue
+		}
 		err = errors.Join(err, h.close())
 	}
 	return err
@@ -227,7 +247,7 @@ func (s *sockets) reserve(ctx context.Context, r PortRequest) (uint16, error) {
 		if err := ctx.Err(); err != nil {
 			return 0, fmt.Errorf("reserve %s port: %w", r.Proto, err)
 		}
-		_, err := s.takeLocked(ctx, r, uint16(port))
+		_, err := s.takeLocked(ctx, r, uint16(port), false)
 		if err == nil {
 			return uint16(port), nil
 		}
@@ -290,7 +310,7 @@ func (s *sockets) chooseLocked(ctx context.Context, r PortRequest) (uint16, erro
 		if err != nil {
 			return 0, err
 		}
-		_, err = s.takeLocked(ctx, r, port)
+		_, err = s.takeLocked(ctx, r, port, false)
 		if err == nil {
 			return port, nil
 		}
@@ -303,7 +323,12 @@ func (s *sockets) chooseLocked(ctx context.Context, r PortRequest) (uint16, erro
 
 // takeRangeLocked holds all ports of a range on all addresses, or none.
 func (s *sockets) takeRangeLocked(ctx context.Context, r PortRequest) error {
-	if err := s.files.room((int(r.More) + 1) * len(r.Hosts)); err != nil {
+	both := slices.Contains(r.Hosts, netip.IPv4Unspecified()) && slices.Contains(r.Hosts, netip.IPv6Unspecified())
+	n := len(r.Hosts)
+	if both {
+		n--
+	}
+	if err := s.files.room((int(r.More) + 1) * n); err != nil {
 		return err
 	}
 	var bound []hostPort
@@ -311,10 +336,10 @@ func (s *sockets) takeRangeLocked(ctx context.Context, r PortRequest) error {
 		err := ctx.Err()
 		var some []hostPort
 		if err == nil {
-			some, err = s.takeLocked(ctx, r, r.First+uint16(i))
+			some, err = s.takeLocked(ctx, r, r.First+uint16(i), both)
 		}
 		if err != nil {
-			return errors.Join(err, s.dropLocked(bound...))
+			return errors.Join(err, s.dropLocked(ctx, bound...))
 		}
 		bound = append(bound, some...)
 	}
@@ -323,14 +348,14 @@ func (s *sockets) takeRangeLocked(ctx context.Context, r PortRequest) error {
 
 // takeLocked holds one port on all addresses, or on none. It returns what was not
 // held before.
-func (s *sockets) takeLocked(ctx context.Context, r PortRequest, port uint16) (bound []hostPort, err error) {
+func (s *sockets) takeLocked(ctx context.Context, r PortRequest, port uint16, both bool) (bound []hostPort, err error) {
 	for _, a := range r.Hosts {
 		p := hostPort{r.Proto, netip.AddrPortFrom(a, port)}
 		if h := s.held[p]; h != nil && !h.to.IsValid() && r.First == r.Last && r.First != 0 {
 			continue // asked for again
 		}
-		if _, err := s.bindLocked(ctx, p); err != nil {
-			return nil, errors.Join(err, s.dropLocked(bound...))
+		if _, err := s.bindLocked(ctx, p, both); err != nil {
+			return nil, errors.Join(err, s.dropLocked(ctx, bound...))
 		}
 		bound = append(bound, p)
 	}
@@ -338,9 +363,14 @@ func (s *sockets) takeLocked(ctx context.Context, r PortRequest, port uint16) (b
 }
 
 // bindLocked opens and remembers the socket of one port.
-func (s *sockets) bindLocked(ctx context.Context, p hostPort) (*held, error) {
+func (s *sockets) bindLocked(ctx context.Context, p hostPort, both bool) (*held, error) {
 	if err := s.files.room(1); err != nil {
 		return nil, err
+	}
+	if both {
+		if h := s.dualLocked(ctx, p); h != nil {
+			return h, nil
+		}
 	}
 	sock, err := listen(ctx, p)
 	switch {
@@ -436,70 +466,4 @@ func (s *sockets) probe(ctx context.Context, p hostPort) (uint16, error) {
 		return boundPort(sock)
 	}
 	return 0, fmt.Errorf("choose a %s port: unexpected socket %T", p.proto, sock)
-}
-
-// listen opens the socket. IPv6 sockets carry IPv6 only, so that both families
-// can hold the same number.
-func listen(ctx context.Context, p hostPort) (io.Closer, error) {
-	family := "6"
-	if p.addr.Addr().Is4() {
-		family = "4"
-	}
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // the proxy could not splice
-	switch p.proto {
-	case TCP:
-		l, err := lc.Listen(ctx, "tcp"+family, p.addr.String())
-		if err != nil {
-			return nil, err
-		}
-		return l, nil
-	case UDP:
-		c, err := lc.ListenPacket(ctx, "udp"+family, p.addr.String())
-		if err != nil {
-			return nil, err
-		}
-		return c.(*net.UDPConn), nil
-	default:
-		return bindSCTP(p.addr)
-	}
-}
-
-// bindSCTP binds without listening: that is enough to keep others away, and
-// there is no proxy that could serve an association.
-func bindSCTP(a netip.AddrPort) (io.Closer, error) {
-	family, sa := unix.AF_INET6, unix.Sockaddr(&unix.SockaddrInet6{Port: int(a.Port()), Addr: a.Addr().As16()})
-	if a.Addr().Is4() {
-		family, sa = unix.AF_INET, &unix.SockaddrInet4{Port: int(a.Port()), Addr: a.Addr().As4()}
-	}
-	fd, err := unix.Socket(family, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, unix.IPPROTO_SCTP)
-	if err != nil {
-		return nil, os.NewSyscallError("socket", err)
-	}
-	f := os.NewFile(uintptr(fd), "sctp")
-	if family == unix.AF_INET6 {
-		err = unix.SetsockoptInt(fd, unix.IPPROTO_IPV6, unix.IPV6_V6ONLY, 1)
-	}
-	if err == nil {
-		err = unix.Bind(fd, sa)
-	}
-	if err != nil {
-		return nil, errors.Join(os.NewSyscallError("bind", err), f.Close())
-	}
-	return f, nil
-}
-
-// boundPort reads the number that the kernel chose.
-func boundPort(f *os.File) (uint16, error) {
-	sa, err := unix.Getsockname(int(f.Fd()))
-	if err != nil {
-		return 0, fmt.Errorf("read chosen port: %w", err)
-	}
-	switch sa := sa.(type) {
-	case *unix.SockaddrInet4:
-		return uint16(sa.Port), nil
-	case *unix.SockaddrInet6:
-		return uint16(sa.Port), nil
-	}
-	return 0, fmt.Errorf("read chosen port: address %T", sa)
 }

@@ -589,6 +589,14 @@ func (x Socket) String() string {
 	return fmt.Sprintf("listen %s %s-%d to %s-%d", x.Proto, x.Host, x.Host.Port()+x.More, x.To, x.To.Port()+x.More)
 }
 
+// pairedIn reports whether x is a range on all addresses of one family, and list
+// has the same range on all of the other.
+func (x Socket) pairedIn(list []Socket) bool {
+	return x.More > 0 && x.Host.Addr().IsUnspecified() && slices.ContainsFunc(list, func(o Socket) bool {
+		return o.Proto == x.Proto && o.More == x.More && o.Host.Port() == x.Host.Port() && o.Host.Addr().IsUnspecified() && o.Host.Addr().Is4() != x.Host.Addr().Is4()
+	})
+}
+
 func portRange(first, more uint16) string {
 	if more == 0 {
 		return strconv.Itoa(int(first))
