@@ -12,6 +12,13 @@ import (
 	"time"
 )
 
+// errNotYet is wrapped by what may pass by itself within seconds: at boot, cards
+// come up beside us.
+var errNotYet = errors.New("the link is not usable yet")
+
+// look is how often such a link is looked at.
+const look = 50 * time.Millisecond
+
 // Errors that callers tell apart. After ErrSilent the same question may be asked
 // again later; after ErrRefused the address must no longer be counted on. Others
 // are this host's own: a link that is not there or is down.
@@ -91,7 +98,7 @@ type Client struct {
 // and options a LAN has. IPv4 only; DHCPv6 would tell no mask. Errors are as with
 // Acquire.
 func (c *Client) Offer(ctx context.Context, link string, s Station) (Lease, error) {
-	x, err := c.open(ctx, link, s, netip.Prefix{})
+	x, err := c.open(ctx, link, s, netip.Prefix{}, false)
 	if err != nil {
 		return Lease{}, err
 	}
@@ -104,7 +111,7 @@ func (c *Client) Offer(ctx context.Context, link string, s Station) (Lease, erro
 // IPv6 prefix it is from DHCPv6, from the non-temporary ones (IA_NA).
 //
 // It returns within 8 s; within 24 s as long as a server answers other stations
-// on that link. A server that offers another address than the one wanted has
+// on that link. A link that is down or has no carrier has 8 s to change that, before. A server that offers another address than the one wanted has
 // refused (ErrRefused); other answers that do not fit are ignored, and if no more
 // come that is ErrSilent.
 func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip.Addr, within netip.Prefix) (Lease, error) {
@@ -120,7 +127,7 @@ func (c *Client) AcquireAfter(ctx context.Context, link string, s Station, want 
 	if want.IsValid() && !within.Contains(want) && (within.IsValid() || want.Is6()) {
 		return Lease{}, fmt.Errorf("DHCP on %s: %s is wanted, which is outside %s", link, want, within)
 	}
-	x, err := c.open(ctx, link, s, within)
+	x, err := c.open(ctx, link, s, within, true)
 	if err != nil {
 		return Lease{}, err
 	}
@@ -249,28 +256,45 @@ const (
 	refused
 )
 
-// open makes an exchange, in the calling thread's network namespace.
-func (c *Client) open(ctx context.Context, link string, s Station, within netip.Prefix) (*exchange, error) {
-	x := &exchange{client: c, link: link, within: within, waits: c.waits, started: time.Now()}
+// open makes an exchange, in the calling thread's network namespace. patient: it
+// waits for a link that is not usable yet.
+func (c *Client) open(ctx context.Context, link string, s Station, within netip.Prefix, patient bool) (*exchange, error) {
+	x := &exchange{client: c, link: link, within: within, waits: c.waits}
 	if x.waits == nil {
 		x.waits = waits
-	}
-	err := s.check()
-	if err == nil {
-		s.DUID = slices.Clone(s.DUID)
-		x.words, x.conn, err = dial(link, s, within.Addr().Is6())
-	}
-	if err != nil {
-		return nil, fmt.Errorf("DHCP on %s: %w", link, err)
 	}
 	var all time.Duration
 	for _, w := range x.waits {
 		all += w
 	}
+	err := s.check()
+	if err == nil {
+		s.DUID = slices.Clone(s.DUID)
+		err = x.dial(ctx, s, all, patient)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("DHCP on %s: %w", link, err)
+	}
+	x.started = time.Now()
 	x.end = x.started.Add(all)
 	ctx, x.cancel = context.WithTimeout(ctx, busy*all)
 	x.ctx, x.stop = ctx, context.AfterFunc(ctx, x.conn.wake)
 	return x, nil
+}
+
+// dial opens the socket, with time for the link to become usable.
+func (x *exchange) dial(ctx context.Context, s Station, within time.Duration, patient bool) (err error) {
+	for end := time.Now().Add(within); ; {
+		x.words, x.conn, err = dial(x.link, s, x.within.Addr().Is6())
+		if !patient || !errors.Is(err, errNotYet) || time.Now().After(end) {
+			return err
+		}
+		select {
+		case <-time.After(look):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 // reopen makes an exchange about a lease.
@@ -278,7 +302,7 @@ func (c *Client) reopen(ctx context.Context, link string, s Station, l Lease) (*
 	if !l.Address.IsValid() || l.Address.Addr().Is4() != l.Server.IsValid() {
 		return nil, fmt.Errorf("DHCP on %s: not a lease: an address and a server belong to it", link)
 	}
-	return c.open(ctx, link, s, l.Address)
+	return c.open(ctx, link, s, l.Address, false)
 }
 
 func (x *exchange) close() {

@@ -103,12 +103,18 @@ func usable(fd int, link string) (int, error) {
 	case flags&unix.IFF_LOOPBACK != 0 || hardware != unix.ARPHRD_ETHER:
 		return 0, errors.New("the link is not an Ethernet one: name the one to the LAN")
 	case flags&unix.IFF_UP == 0:
-		return 0, errors.New("the link is down: set it up")
+		return 0, notYet("the link is down: set it up")
 	case flags&unix.IFF_RUNNING == 0:
-		return 0, errors.New("the link has no carrier: check the cable, or a bridge's ports")
+		return 0, notYet("the link has no carrier: check the cable, or a bridge's ports")
 	}
 	return int(req.Uint32()), nil
 }
+
+// notYet is an error that may pass.
+type notYet string
+
+func (e notYet) Error() string        { return string(e) }
+func (e notYet) Is(target error) bool { return target == errNotYet }
 
 // hearMAC has the card let in what servers that know no broadcast flag send to
 // the station itself.
@@ -136,7 +142,7 @@ func linkLocal(index int) (netip.Addr, error) {
 			return a, nil
 		}
 	}
-	return netip.Addr{}, errors.New("the link has no IPv6 link-local address: DHCPv6 needs one, check that IPv6 is on there")
+	return netip.Addr{}, notYet("the link has no IPv6 link-local address: DHCPv6 needs one, check that IPv6 is on there")
 }
 
 // until sets the end of what is received from now on. An error is that of a
