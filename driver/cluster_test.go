@@ -280,9 +280,15 @@ func TestClaimed(t *testing.T) {
 	c.elsewhere[netip.MustParseAddr("10.1.0.2")] = "other"
 	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
 	r.refused("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""), "10.1.0.2", "host other")
+	if host, ok := r.d.Elsewhere(netip.MustParsePrefix("10.1.0.0/24"))(netip.MustParseAddr("10.1.0.2")); host != "other" || !ok {
+		t.Errorf("who has it elsewhere: %q", host)
+	}
 	r.must("CreateNetwork", createNetwork(swm1, "10.2.0.0/24", `{"mode":"overlay","vni":"5"}`))
 	c.elsewhere[netip.MustParseAddr("10.2.0.2")] = "other"
 	r.must("CreateEndpoint", createEndpoint(swm1, ep2, "10.2.0.2/24", ""))
+	if r.d.Elsewhere(netip.MustParsePrefix("10.2.0.0/24")) != nil || r.d.Elsewhere(netip.MustParsePrefix("10.3.0.0/24")) != nil {
+		t.Error("who has it elsewhere is asked of a swarm's network, or of none")
+	}
 	if e := r.d.networks[swm1].endpoints[ep2]; e.rec.Claim == 0 {
 		t.Error("an endpoint without a claim")
 	}

@@ -611,29 +611,45 @@ func (d *Driver) Subnet(p netip.Prefix) (networkID string, ok bool) {
 }
 
 // Used returns which addresses are in use by the network that has exactly this
-// subnet: those of endpoints, its gateway, and its auxiliary addresses.
-func (d *Driver) Used(p netip.Prefix) (uses func(netip.Addr) bool, ok bool) {
+// subnet, and what for: endpoints, its gateway, and its auxiliary addresses.
+func (d *Driver) Used(p netip.Prefix) (by func(netip.Addr) string, ok bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	used := map[netip.Addr]bool{}
+	used := map[netip.Addr]string{}
 	for _, n := range d.networks {
 		for _, s := range n.rec.Subnets {
 			if n.doomed || s.Pool != p {
 				continue
 			}
 			ok = true
-			used[s.Gateway.Addr()] = true
-			for _, a := range s.Aux {
-				used[a.Addr()] = true
+			used[s.Gateway.Addr()] = "the gateway"
+			for name, a := range s.Aux {
+				used[a.Addr()] = "auxiliary address " + name
 			}
 			for _, e := range n.endpoints {
 				for _, a := range e.rec.Addrs {
-					used[a.Addr()] = true
+					used[a.Addr()] = "endpoint " + short(e.rec.ID)
 				}
 			}
 		}
 	}
-	return func(a netip.Addr) bool { return used[a] }, ok
+	return func(a netip.Addr) string { return used[a] }, ok
+}
+
+// Elsewhere returns which host of the cluster, but this one, has an endpoint with
+// an address of the network that has exactly this subnet; nil where there is none
+// to ask.
+func (d *Driver) Elsewhere(p netip.Prefix) func(netip.Addr) (host string, ok bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, n := range d.networks {
+		if n.doomed || n.rec.VNI == 0 || isSwarm(n.rec.ID) || !slices.ContainsFunc(n.rec.Subnets, func(s Subnet) bool { return s.Pool == p }) {
+			continue
+		}
+		rec := n.rec
+		return func(a netip.Addr) (string, bool) { return d.cluster.Holder(rec, a) }
+	}
+	return nil
 }
 
 // short is an ID as the engine prints it.

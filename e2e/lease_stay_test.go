@@ -121,7 +121,7 @@ func TestNames(t *testing.T) {
 
 	says("10.201.0.30,02:00:00:00:00:30 of pool "+net1+" is reserved for nas", "reserve", "nas", "10.201.0.30", "02:00:00:00:00:30")
 	has("nas", "10.201.0.30", "02:00:00:00:00:30", "--ip", "10.201.0.30")
-	says("is that of an endpoint: disconnect its container", "release", "10.201.0.30")
+	says("disconnect its container", "release", "10.201.0.30")
 	says("is the gateway", "release", "10.201.0.1")
 	says("reserve.db", "forget", "db")
 	e.killPlugin(t)

@@ -21,7 +21,20 @@ type addressRequest struct {
 	kind kind
 	name string     // what the address is to be kept for; "" for nothing
 	had  netip.Addr // what was kept for the name until now
+	// far says which other host has an address; nil: none.
+	far func(netip.Addr) (host string, ok bool)
 }
+
+// holder is the other host that has an address.
+func (r addressRequest) holder(a netip.Addr) (host string, ok bool) {
+	if r.far == nil {
+		return "", false
+	}
+	return r.far(a)
+}
+
+// elsewhere reports whether another host has an address.
+func (r addressRequest) elsewhere(a netip.Addr) bool { _, ok := r.holder(a); return ok }
 
 func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Prefix, error) {
 	if first, last := r.id.usable(); r.want.IsValid() && (!r.id.prefix.Contains(r.want) || r.want.Less(first) || last.Less(r.want)) {
@@ -69,6 +82,9 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 		if err := i.loadShared(ctx); err != nil {
 			return netip.Prefix{}, false, fmt.Errorf("address in pool %s of space %s: %w", r.id.prefix, r.id.spaceName(), err)
 		}
+	}
+	if r.kind != kindGateway && r.id.named() {
+		r.far = i.far(r.id.prefix)
 	}
 	for range 3 {
 		p, err := i.find(ctx, r.id)
@@ -147,7 +163,7 @@ func (i *IPAM) agreed(ctx context.Context, p *pool, want netip.Addr) (netip.Addr
 
 // choose hands out the next free address.
 func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Addr, error) {
-	relisted := !p.shared()
+	relisted, searched := !p.shared(), false
 	for {
 		p.mu.Lock()
 		p.adoptable = false
@@ -174,7 +190,7 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 		}
 		var lost []binding
 		if !ok {
-			a, lost, ok = p.oldest(r.id)
+			a, lost, ok = p.oldest(r)
 		}
 		if !ok {
 			if old, b := p.reclaim(r.id); b != nil {
@@ -182,6 +198,12 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 				if err := i.free(ctx, p, old, b); err != nil {
 					return netip.Addr{}, err
 				}
+				continue
+			}
+			if !searched {
+				p.mu.Unlock()
+				searched = true
+				_, _ = i.freeStranded(ctx, p) // else there is none left
 				continue
 			}
 			defer p.mu.Unlock()
@@ -216,7 +238,7 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 func (p *pool) next(r addressRequest, now time.Time) (netip.Addr, bool) {
 	first, last := r.id.auto()
 	if r.kind == kindAuto && r.name == "" {
-		if a, ok := p.nextBack(first, last, now); ok {
+		if a, ok := p.nextBack(first, last, now); ok && !r.elsewhere(a) {
 			return a, true
 		}
 	}
@@ -224,10 +246,23 @@ func (p *pool) next(r addressRequest, now time.Time) (netip.Addr, bool) {
 	if r.kind == kindGateway || !from.IsValid() || from.Less(first) || last.Less(from) {
 		from = first
 	}
-	if a, ok := p.taken.next(from, last); ok || from == first {
+	if a, ok := p.free(from, last, r); ok || from == first {
 		return a, ok
 	}
-	return p.taken.next(first, from.Prev())
+	return p.free(first, from.Prev(), r)
+}
+
+// free is the first free address that no other host has; p.mu is held.
+func (p *pool) free(first, last netip.Addr, r addressRequest) (netip.Addr, bool) {
+	for {
+		a, ok := p.taken.next(first, last)
+		if !ok || !r.elsewhere(a) {
+			return a, ok
+		}
+		if first = a.Next(); last.Less(first) || !first.IsValid() {
+			return netip.Addr{}, false
+		}
+	}
 }
 
 func (p *pool) exhausted(id poolID) error {

@@ -35,10 +35,13 @@ type Config struct {
 	// Vet asks the LAN of the network that has this subnet whether somebody
 	// holds the address; the error says who. nil: nobody is asked.
 	Vet func(ctx context.Context, pool netip.Prefix, a netip.Addr) error
-	// Used returns which addresses the network of our own driver that has exactly
-	// this subnet uses: those of endpoints, and what it was made with. nil, or
-	// false: nobody knows.
-	Used func(netip.Prefix) (uses func(netip.Addr) bool, ok bool)
+	// Used returns what the network of our own driver that has exactly this subnet
+	// uses an address for: an endpoint, or what it was made with; "" for nothing.
+	// nil, or false: nobody knows.
+	Used func(netip.Prefix) (by func(netip.Addr) string, ok bool)
+	// Elsewhere returns which other host has a container with an address of the
+	// network that has exactly this subnet. nil, or a nil function: none.
+	Elsewhere func(netip.Prefix) func(netip.Addr) (host string, ok bool)
 	// DHCP asks the DHCP servers of LANs. nil: there is none to ask.
 	DHCP interface {
 		leaser
@@ -65,7 +68,8 @@ type IPAM struct {
 	host   func(context.Context) ([]netip.Prefix, error)
 	holder func(netip.Prefix) (string, bool)
 	vet    func(context.Context, netip.Prefix, netip.Addr) error
-	used   func(netip.Prefix) (func(netip.Addr) bool, bool)
+	used   func(netip.Prefix) (func(netip.Addr) string, bool)
+	far    func(netip.Prefix) func(netip.Addr) (string, bool)
 	log    logrus.FieldLogger
 	shared *shared
 	feed   feed // nil without a cluster
@@ -188,7 +192,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, used: c.Used, log: c.Log, now: time.Now, dhcp: c.DHCP, leases: make(chan struct{}, 1),
+		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, dhcp: c.DHCP, leases: make(chan struct{}, 1),
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]uint64{}, owed: map[string]bool{}},
 	}
@@ -199,7 +203,10 @@ func New(c Config) (*IPAM, error) {
 		i.holder = func(netip.Prefix) (string, bool) { return "", false }
 	}
 	if i.used == nil {
-		i.used = func(netip.Prefix) (func(netip.Addr) bool, bool) { return nil, false }
+		i.used = func(netip.Prefix) (func(netip.Addr) string, bool) { return nil, false }
+	}
+	if i.far == nil {
+		i.far = func(netip.Prefix) func(netip.Addr) (string, bool) { return nil }
 	}
 	for _, r := range c.Pools {
 		if r.Prefix.Addr().Is4() {

@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,6 +25,8 @@ type Order struct {
 	MAC     string     `json:",omitempty"`
 	// Force releases an address although it is not known that nobody uses it.
 	Force bool `json:",omitempty"`
+	// Stranded releases all that no endpoint has, of the pool if there is one.
+	Stranded bool `json:",omitempty"`
 }
 
 // Carry carries an order out and returns what was done, for people.
@@ -35,6 +38,9 @@ func (i *IPAM) Carry(ctx context.Context, o Order) (string, error) {
 		if err := i.loadShared(ctx); err != nil {
 			return "", err
 		}
+	}
+	if o.Do == "release" && o.Stranded {
+		return i.orderStranded(ctx, o)
 	}
 	do, ok := map[string]func(context.Context, *pool, Order) (string, error){
 		"release": i.orderRelease, "forget": i.orderForget, "reserve": i.orderReserve,
@@ -106,8 +112,8 @@ func (i *IPAM) orderRelease(ctx context.Context, p *pool, o Order) (string, erro
 		return "", fmt.Errorf("address %s of pool %s is not taken", o.Address, p.prefix)
 	case gateway:
 		return "", fmt.Errorf("address %s is the gateway of pool %s: it goes with the network", o.Address, p.prefix)
-	case !foreign && known && used(o.Address):
-		return "", fmt.Errorf("address %s of pool %s is that of an endpoint: disconnect its container instead", o.Address, p.prefix)
+	case !foreign && known && used(o.Address) != "":
+		return "", fmt.Errorf("address %s of pool %s is that of %s: disconnect its container instead", o.Address, p.prefix, used(o.Address))
 	case foreign && !o.Force:
 		return "", fmt.Errorf("address %s of pool %s %w: if that host will never come back, repeat with -force", o.Address, p.prefix, &heldError{other})
 	case !foreign && !known && !o.Force:
@@ -123,6 +129,48 @@ func (i *IPAM) orderRelease(ctx context.Context, p *pool, o Order) (string, erro
 		return "", err
 	}
 	return fmt.Sprintf("address %s of pool %s is free", o.Address, p.prefix), nil
+}
+
+// orderStranded frees all addresses that no endpoint has.
+func (i *IPAM) orderStranded(ctx context.Context, o Order) (string, error) {
+	i.mu.RLock()
+	all := slices.Collect(maps.Values(i.pools))
+	i.mu.RUnlock()
+	var freed []netip.Addr
+	for _, p := range all {
+		if o.Pool.IsValid() && p.prefix != o.Pool.Masked() || o.Space != "" && p.space != spaceOption+o.Space || o.Address.IsValid() {
+			continue
+		}
+		these, err := i.freeStranded(ctx, p)
+		if err != nil {
+			return "", err
+		}
+		freed = append(freed, these...)
+	}
+	if len(freed) == 0 {
+		return "no address is stranded: each that was handed out more than ten minutes ago is in use", nil
+	}
+	slices.SortFunc(freed, netip.Addr.Compare)
+	return fmt.Sprintf("free again: %s", strings.Trim(fmt.Sprint(freed), "[]")), nil
+}
+
+// freeStranded frees the addresses of a pool that no endpoint has. Nothing can use
+// them: the engine makes an endpoint right after it got the address, or never; those
+// of an engine that died it gives back when it starts, and what runs on meanwhile
+// is in our own records. So not in our first minutes, nor for a swarm, whose tasks
+// are not the engine's to give back.
+func (i *IPAM) freeStranded(ctx context.Context, p *pool) (freed []netip.Addr, err error) {
+	if id, held := i.holder(p.prefix); i.now().Sub(i.started) < strandedAfter || held && swarm(id) {
+		return nil, nil
+	}
+	for _, a := range i.stranded(ctx, p) {
+		if err := i.releaseAddress(ctx, poolID{poolKey: p.poolKey}, a); err != nil {
+			return freed, err
+		}
+		i.log.WithField("pool", p.prefix.String()).Infof("address %s, which no endpoint has, is free again", a)
+		freed = append(freed, a)
+	}
+	return freed, nil
 }
 
 // orderForget drops what is kept or reserved for a name. A container that has
@@ -176,6 +224,14 @@ func (i *IPAM) orderReserve(ctx context.Context, p *pool, o Order) (string, erro
 	if !p.named() {
 		return "", fmt.Errorf("pool %s is handed out by the leader of a swarm, who is told no names: an address of it cannot be reserved", p.prefix)
 	}
+	holder := ""
+	if used, known := i.used(p.prefix); known {
+		holder = used(r.addr)
+	}
+	if host, ok := (addressRequest{far: i.far(p.prefix)}).holder(r.addr); ok {
+		return "", fmt.Errorf("address %s of pool %s is held by host %s: choose another, or remove that container first", r.addr, p.prefix, host)
+	}
+	endpoint := strings.HasPrefix(holder, "endpoint ")
 	err = i.putReserved(ctx, p, func(m map[string]reservation) error {
 		owner, option := p.reservedFor[r.addr], p.opts.reserved[o.Name].addr
 		for name, have := range m { // may be newer
@@ -184,12 +240,17 @@ func (i *IPAM) orderReserve(ctx context.Context, p *pool, o Order) (string, erro
 			}
 		}
 		b := p.byAddr[r.addr]
+		other, foreign := p.others[r.addr]
 		switch {
+		case foreign && (b == nil || b.name != o.Name):
+			return fmt.Errorf("address %s of pool %s %w: choose another, or remove that container first", r.addr, p.prefix, &heldError{other})
+		case p.gateway() == r.addr, holder != "" && !endpoint:
+			return fmt.Errorf("address %s of pool %s is %s of its network: choose another", r.addr, p.prefix, cmp.Or(holder, "the gateway"))
 		case option.IsValid():
 			return fmt.Errorf("%s has %s by the network's option reserve.%s: make the network again to change it", o.Name, option, o.Name)
 		case owner != "" && owner != o.Name:
 			return fmt.Errorf("address %s of pool %s is reserved for %s: `weft address forget %s` first", r.addr, p.prefix, owner, owner)
-		case p.taken.has(r.addr) && b != nil && b.name != o.Name:
+		case p.taken.has(r.addr) && b != nil && b.name != o.Name && !strings.HasPrefix(b.name, fixedPrefix):
 			return fmt.Errorf("address %s of pool %s is in use by %s: remove that container first", r.addr, p.prefix, b.name)
 		}
 		m[o.Name] = r
@@ -198,7 +259,13 @@ func (i *IPAM) orderReserve(ctx context.Context, p *pool, o Order) (string, erro
 	if err != nil {
 		return "", err
 	}
-	return fmt.Sprintf("address %s of pool %s is reserved for %s", r, p.prefix, o.Name), nil
+	done := fmt.Sprintf("address %s of pool %s is reserved for %s", r, p.prefix, o.Name)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if b := p.byAddr[r.addr]; p.taken.has(r.addr) && (b == nil || b.name != o.Name) {
+		done += fmt.Sprintf("; %s has it now: if that is another container, remove it (docker network inspect shows which it is)", cmp.Or(holder, "a container"))
+	}
+	return done, nil
 }
 
 // putReserved changes what was reserved by command: record, then memory. change is

@@ -223,6 +223,124 @@ func TestOlderEngine(t *testing.T) {
 	}
 }
 
+// TestStrandedAll: they are freed by one order, or where a container would find
+// no address otherwise; not as long as the engine may still give them back.
+func TestStrandedAll(t *testing.T) {
+	h := newClock(t)
+	id := h.do("pool local 10.1.0.0/29") // 1 to 6
+	h.used = func(netip.Prefix) (func(netip.Addr) string, bool) {
+		return func(a netip.Addr) string { return map[string]string{"10.1.0.5": "endpoint e1"}[a.String()] }, true
+	}
+	h.do("gw " + id)
+	for range 5 {
+		h.do("addr " + id)
+	}
+	all := func(want string) {
+		t.Helper()
+		got, err := h.Carry(t.Context(), Order{Do: "release", Stranded: true})
+		if got != want || err != nil {
+			t.Errorf("release -stranded: %s %v, want %s", got, err, want)
+		}
+	}
+	h.clock = time.Now().Add(9 * time.Minute)
+	full := "error: no free address left in pool 10.1.0.0/29: 6 of 6 are in use"
+	if got := h.do("addr " + id); got != full {
+		t.Error(got)
+	}
+	all("no address is stranded: each that was handed out more than ten minutes ago is in use")
+	h.restart()
+	h.used = func(netip.Prefix) (func(netip.Addr) string, bool) {
+		return func(a netip.Addr) string { return map[string]string{"10.1.0.5": "endpoint e1"}[a.String()] }, true
+	}
+	h.clock = h.clock.Add(9 * time.Minute)
+	if got := h.do("addr " + id); got != full {
+		t.Errorf("nine minutes after a start: %s", got)
+	}
+	h.hold("10.1.0.0/29", swarmID)
+	h.clock = h.clock.Add(2 * time.Minute)
+	if got := h.do("addr " + id); got != full {
+		t.Errorf("of a swarm's: %s", got)
+	}
+	h.hold("10.1.0.0/29", localID)
+	if got := h.do("addr " + id); got != "10.1.0.2/29" {
+		t.Errorf("rather than none: %s", got)
+	}
+	h.do("addr " + id + " 10.1.0.3")
+	h.clock = h.clock.Add(time.Minute)
+	if got, err := h.Carry(t.Context(), Order{Do: "release", Stranded: true, Pool: netip.MustParsePrefix("10.9.0.0/29")}); err != nil || !strings.HasPrefix(got, "no address") {
+		t.Error(got, err)
+	}
+	h.clock = time.Now().Add(strandedAfter + 2*time.Minute)
+	h.started = h.clock.Add(-time.Hour)
+	all("free again: 10.1.0.2 10.1.0.3")
+}
+
+// TestElsewhere: what a container of another host has is passed over, also by a
+// name that had it, and not reserved.
+func TestElsewhere(t *testing.T) {
+	h := newClock(t)
+	id := h.do("pool local 10.1.0.0/24")
+	far := map[string]string{}
+	h.far = func(netip.Prefix) func(netip.Addr) (string, bool) {
+		return func(a netip.Addr) (string, bool) { host, ok := far[a.String()]; return host, ok }
+	}
+	for n := 1; n <= 100; n++ {
+		if n != 7 {
+			far[fmt.Sprint("10.1.0.", n)] = "beta"
+		}
+	}
+	for _, want := range []string{"10.1.0.7/24", "10.1.0.101/24"} {
+		if got := h.do("addr " + id); got != want {
+			t.Errorf("%s, want %s", got, want)
+		}
+	}
+	if got := h.addressFor(id, "web", ""); got != "10.1.0.102/24" {
+		t.Error(got)
+	}
+	h.do("free " + id + " 10.1.0.102")
+	h.do("free " + id + " 10.1.0.101")
+	far["10.1.0.102"], far["10.1.0.101"] = "beta", "beta"
+	if got := h.addressFor(id, "web", ""); got != "10.1.0.103/24" {
+		t.Errorf("of what web had, which is elsewhere: %s", got)
+	}
+	if got := h.do("addr " + id); got != "10.1.0.104/24" {
+		t.Errorf("just given back, and elsewhere: %s", got)
+	}
+	_, err := h.Carry(t.Context(), Order{Do: "reserve", Address: netip.MustParseAddr("10.1.0.9"), Name: "db"})
+	if err == nil || err.Error() != "address 10.1.0.9 of pool 10.1.0.0/24 is held by host beta: choose another, or remove that container first" {
+		t.Error(err)
+	}
+}
+
+// TestReserveHeld: who has an address that is to be reserved is said.
+func TestReserveHeld(t *testing.T) {
+	h := newClock(t)
+	id := h.do("pool local 10.1.0.0/24")
+	h.used = func(netip.Prefix) (func(netip.Addr) string, bool) {
+		return func(a netip.Addr) string {
+			return map[string]string{"10.1.0.1": "the gateway", "10.1.0.2": "endpoint e1", "10.1.0.3": "auxiliary address nas"}[a.String()]
+		}, true
+	}
+	h.do("gw " + id)
+	for _, a := range []string{"2", "3", "4"} {
+		h.do("addr " + id + " 10.1.0." + a)
+	}
+	h.addressFor(id, "web", "10.1.0.5")
+	for a, want := range map[string]string{
+		"10.1.0.1": "is the gateway of its network: choose another",
+		"10.1.0.2": "is reserved for db; endpoint e1 has it now: if that is another container, remove it (docker network inspect shows which it is)",
+		"10.1.0.3": "is auxiliary address nas of its network: choose another",
+		"10.1.0.4": "is reserved for db; a container has it now",
+		"10.1.0.5": "is in use by web: remove that container first",
+		"10.1.0.6": "is reserved for db<nil>",
+	} {
+		got, err := h.Carry(t.Context(), Order{Do: "reserve", Address: netip.MustParseAddr(a), Name: "db"})
+		if text := fmt.Sprint(got, err); !strings.Contains(text, want) {
+			t.Errorf("%s: %s, want %s", a, text, want)
+		}
+	}
+}
+
 // TestStranded: what was given out ten minutes ago and no endpoint has.
 func TestStranded(t *testing.T) {
 	h := newHouse(t)
@@ -232,8 +350,8 @@ func TestStranded(t *testing.T) {
 	h.do("addr " + id)
 	free := h.do("pool local 10.2.0.0/24")
 	h.do("addr " + free)
-	h.used = func(p netip.Prefix) (func(netip.Addr) bool, bool) {
-		return func(a netip.Addr) bool { return a.String() == "10.1.0.2" }, p.Addr().String() == "10.1.0.0"
+	h.used = func(p netip.Prefix) (func(netip.Addr) string, bool) {
+		return func(a netip.Addr) string { return map[string]string{"10.1.0.2": "endpoint e1"}[a.String()] }, p.Addr().String() == "10.1.0.0"
 	}
 	if s := h.Status(t.Context()).Pools; s[0].Stranded != nil || s[1].Stranded != nil {
 		t.Errorf("too early: %+v", s)
@@ -249,7 +367,7 @@ func TestStranded(t *testing.T) {
 			t.Errorf("release %s: %s, want %q", address, text, part)
 		}
 	}
-	carry(true, "10.1.0.2", "is that of an endpoint")
+	carry(true, "10.1.0.2", "is that of endpoint e1: disconnect its container")
 	carry(false, "10.1.0.3", "is free")
 	carry(false, "10.1.0.3", "is not taken")
 	carry(false, "10.2.0.1", "another driver's network")

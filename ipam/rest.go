@@ -153,12 +153,12 @@ func (p *pool) expire(now time.Time) (lost []binding) {
 // that may be chosen, when there is no other; p.mu is held. The name that it
 // was kept for is returned, if there is one. What a container asks for by number
 // goes last: it would not start without it.
-func (p *pool) oldest(id poolID) (a netip.Addr, lost []binding, ok bool) {
-	first, last := id.auto()
+func (p *pool) oldest(r addressRequest) (a netip.Addr, lost []binding, ok bool) {
+	first, last := r.id.auto()
 	var at time.Time
 	asked := false
 	for addr, t := range p.since {
-		if addr.Less(first) || last.Less(addr) {
+		if addr.Less(first) || last.Less(addr) || r.elsewhere(addr) {
 			continue
 		}
 		by := p.asked(addr)

@@ -226,8 +226,8 @@ func TestSharedStranded(t *testing.T) {
 	alpha.restart()
 	all[1].knowsNames("db 10.44.0.2 alpha")
 	expect(t, all, `alpha: addr BLUE -> 10.44.0.4/16`)
-	alpha.used = func(netip.Prefix) (func(netip.Addr) bool, bool) {
-		return func(a netip.Addr) bool { return a.String() == "10.44.0.1" }, true
+	alpha.used = func(netip.Prefix) (func(netip.Addr) string, bool) {
+		return func(a netip.Addr) string { return map[string]string{"10.44.0.1": "endpoint e1"}[a.String()] }, true
 	}
 	if s := alpha.Status(t.Context()).Pools[0].Stranded; s != nil {
 		t.Errorf("too early: %v", s)
@@ -239,7 +239,7 @@ func TestSharedStranded(t *testing.T) {
 		t.Errorf("stranded: %s", s)
 	}
 	expect(t, all, `
-		alpha: release blue 10.44.0.1 -> error: …is that of an endpoint…
+		alpha: release blue 10.44.0.1 -> error: …is that of endpoint e1…
 		alpha: release blue 10.44.0.2 -> address 10.44.0.2 of pool 10.44.0.0/16 is free
 		beta: addr BLUE for db -> 10.44.0.2/16`)
 }

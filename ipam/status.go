@@ -180,8 +180,7 @@ func (p *pool) warning() string {
 	return fmt.Sprintf("pool %s: %d of %s addresses are in use: make further networks, or look for stranded addresses", p.prefix, p.taken.len(), size)
 }
 
-// stranded lists what no endpoint has. It is not freed: the engine may have
-// stored an endpoint that we do not know, and only people can tell.
+// stranded lists what no endpoint has.
 func (i *IPAM) stranded(ctx context.Context, p *pool) []netip.Addr {
 	used, known := i.used(p.prefix)
 	if !known || !p.named() {
@@ -201,7 +200,7 @@ func (i *IPAM) stranded(ctx context.Context, p *pool) []netip.Addr {
 		if err != nil || decode(r.Key, r.Value, &rec, &rec.Version) != nil {
 			continue
 		}
-		if rec.Kind != kindGateway && i.now().Sub(rec.Created) > strandedAfter && !used(a) {
+		if rec.Kind != kindGateway && i.now().Sub(rec.Created) > strandedAfter && used(a) == "" {
 			out = append(out, a)
 		}
 	}
@@ -211,12 +210,12 @@ func (i *IPAM) stranded(ctx context.Context, p *pool) []netip.Addr {
 
 // strandedHere lists what this host has claimed in a shared space and no endpoint
 // has.
-func (i *IPAM) strandedHere(p *pool, used func(netip.Addr) bool) []netip.Addr {
+func (i *IPAM) strandedHere(p *pool, used func(netip.Addr) string) []netip.Addr {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var out []netip.Addr
 	for a, c := range p.mine {
-		if i.now().Sub(c.since) > strandedAfter && !used(a) {
+		if i.now().Sub(c.since) > strandedAfter && used(a) == "" {
 			out = append(out, a)
 		}
 	}

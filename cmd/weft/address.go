@@ -17,16 +17,20 @@ func (p program) address(ctx context.Context, args []string) error {
 	find := p.socketFlags(fs)
 	pool := fs.String("pool", "", "subnet, where the address or name alone does not say which")
 	space := fs.String("space", "", "address space that hosts share, as in --ipam-opt space=NAME")
+	stranded := fs.Bool("stranded", false, "release all addresses that no container has")
 	force := fs.Bool("force", false, "release an address of a host that is dead, or of another driver's network")
 	words, err := p.parse(fs, args)
 	if err != nil {
 		return err
 	}
-	o := ipam.Order{Space: *space, Force: *force}
+	o := ipam.Order{Space: *space, Force: *force, Stranded: *stranded}
 	if len(words) > 0 {
 		o.Do = words[0]
 	}
 	switch {
+	case o.Stranded && o.Do == "release" && len(words) == 1:
+	case o.Stranded:
+		return p.wrong("-stranded is for release, without an address: weft address release -stranded")
 	case o.Do == "release" && len(words) == 2:
 		o.Address, err = netip.ParseAddr(words[1])
 	case o.Do == "forget" && len(words) == 2:
@@ -40,7 +44,7 @@ func (p program) address(ctx context.Context, args []string) error {
 			o.MAC = words[3]
 		}
 	default:
-		return p.wrong("address takes one of: reserve NAME ADDRESS [MAC], forget NAME|ADDRESS, release ADDRESS")
+		return p.wrong("address takes one of: reserve NAME ADDRESS [MAC], forget NAME|ADDRESS, release ADDRESS, release -stranded")
 	}
 	if err == nil && *pool != "" {
 		o.Pool, err = netip.ParsePrefix(*pool)

@@ -113,5 +113,5 @@ func TestNames(t *testing.T) {
 	contains("forget", weft("address forget nas"), "nothing is kept for nas")
 	contains("forget", weft("address forget web"), "nothing is kept for web")
 	contains("forget again", weft("address forget web"), "name web is in no pool")
-	want("what was forgotten is as any other", request("", "web"), "10.99.0.8")
+	want("what was forgotten is as any other", request("", "web"), "10.99.0.3")
 }

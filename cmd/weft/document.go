@@ -188,7 +188,7 @@ func (d document) names() [][]string {
 			space = "-space " + p.Space + " "
 		}
 		for _, a := range p.Stranded {
-			lines = append(lines, []string{fmt.Sprintf("! address %s of pool %s was given out and no endpoint has it: `weft address release %s%s` frees it", a, p.Pool, space, a)})
+			lines = append(lines, []string{fmt.Sprintf("! address %s of pool %s was given out and no endpoint has it: `weft address release %s%s` frees it, `weft address release -stranded` all", a, p.Pool, space, a)})
 		}
 	}
 	return append(rows, lines...)

@@ -26,7 +26,7 @@ const usage = `usage: weft COMMAND [FLAGS]
 
   serve     answer the engine: the plugin itself
   status    show networks, endpoints and pools: status [networks|endpoints|pools|peers]
-  address   keep or free an address: address reserve NAME ADDRESS|forget NAME|release ADDRESS
+  address   keep or free an address: address reserve NAME ADDRESS|forget NAME|release ADDRESS|release -stranded
   network   forget a network that the engine no longer has: network forget ID|unclaimed
   secret    exchange the cluster's password: secret add|use|remove, the password on standard input
   uninstall remove everything of an instance from this host's network, when its plugin is gone
