@@ -209,8 +209,24 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 		// What the engine sent filled must come back empty.
 		rec.MAC = endpointMAC(rec.ID, rec.Addrs)
 		resp.Interface.MacAddress = rec.MAC.String()
+	case req.Interface != nil && req.Interface.MacAddress != "":
+		if err := d.chooseMAC(ctx, n.rec, rec); err != nil {
+			return resp, err
+		}
 	}
 	return resp, d.createEndpoint(ctx, n, rec)
+}
+
+// chooseMAC has the addresses of an endpoint be those of the MAC address that the
+// user has chosen.
+func (d *Driver) chooseMAC(ctx context.Context, n Network, e Endpoint) error {
+	for _, a := range e.Addrs {
+		s, _ := n.subnet(a.Addr())
+		if err := d.restation(ctx, s.Pool, a.Addr(), e.MAC); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // stationMAC is the MAC address that was handed out together with an address of

@@ -67,6 +67,9 @@ type Config struct {
 	// Station returns the MAC address that goes with an address of a subnet, where
 	// whoever handed it out knows of one. nil: nobody does.
 	Station func(subnet netip.Prefix, a netip.Addr) (datapath.MAC, bool)
+	// Restation tells whoever handed an address out which MAC address its user
+	// has chosen. nil: nobody wants to know.
+	Restation func(ctx context.Context, subnet netip.Prefix, a netip.Addr, mac datapath.MAC) error
 	// Chosen reports whether nobody typed a network's subnet, or its gateway. ours is
 	// false where an IPAM handed them out that does not say. nil: none says.
 	Chosen func(pool netip.Prefix, gateway netip.Addr) (subnet, address, ours bool)
@@ -86,6 +89,7 @@ type Driver struct {
 	cluster   cluster
 	swarm     swarm
 	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
+	restation func(context.Context, netip.Prefix, netip.Addr, datapath.MAC) error
 	chosen    func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
 	log       logrus.FieldLogger
 	damaged   <-chan struct{}
@@ -163,12 +167,15 @@ func New(c Config) (*Driver, error) {
 	if c.Station == nil {
 		c.Station = func(netip.Prefix, netip.Addr) (datapath.MAC, bool) { return datapath.MAC{}, false }
 	}
+	if c.Restation == nil {
+		c.Restation = func(context.Context, netip.Prefix, netip.Addr, datapath.MAC) error { return nil }
+	}
 	if c.Chosen == nil {
 		c.Chosen = func(netip.Prefix, netip.Addr) (_, _, _ bool) { return false, false, false }
 	}
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
-		station: c.Station, chosen: c.Chosen, log: c.Log,
+		station: c.Station, restation: c.Restation, chosen: c.Chosen, log: c.Log,
 		damaged: c.Damaged, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }

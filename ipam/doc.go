@@ -46,10 +46,10 @@
 // the write decides: see view.go and cluster.go. Until the store has answered
 // once, requests for shared spaces fail; others do not wait for it.
 //
-// The next free address after the last one is chosen, and one that was released
-// rests, or is kept for a name, as long as there is another (late releases, ARP
-// caches): see rest.go and names.go. After a restart the order goes on after the
-// newest record. Automatic gateways are the
+// The lowest free address is chosen, but for one that was given back only just now,
+// see back.go; in a swarm and in shared spaces the next one after the last, after a
+// restart after the newest record. One that is kept for a name, or rests, is left
+// alone as long as there is another: see rest.go and names.go. Automatic gateways are the
 // first free address of the sub-pool if there is one, else of the pool.
 //
 // # Leases

@@ -249,6 +249,12 @@ const nameKey = "name "
 // identity chooses the key of a request and marks it as used; p.mu is held.
 // hint is the address that it had last.
 func (p *pool) identity(r *addressRequest, now time.Time) (key string, hint netip.Addr, mac MAC) {
+	if owner := p.reservedFor[r.want]; r.name == "" && owner != "" && !p.keys[nameKey+owner] {
+		res, _ := p.reservation(owner) // asked for by number: it is the owner, before Docker 29
+		key = nameKey + owner
+		p.keys[key] = true
+		return key, res.addr, res.mac
+	}
 	if r.name != "" {
 		key = nameKey + r.name
 		if p.keys[key] {
@@ -306,6 +312,9 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 	if errors.Is(err, dhcp.ErrRefused) && !r.want.IsValid() && hint.IsValid() && !reserved {
 		a, err = i.ask(ctx, q, r, netip.Addr{})
 	}
+	if errors.Is(err, dhcp.ErrRefused) && r.want.IsValid() && p.reserves(r.want) == "" {
+		err = fmt.Errorf("%w; if it keeps %s for a MAC address, say so here, too: `weft address reserve CONTAINER %s MAC`", err, r.want, r.want)
+	}
 	if err != nil {
 		i.unhold(ctx, q)
 	}
@@ -330,6 +339,13 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 	i.bind(ctx, p, a.Addr(), r)
 	i.wakeLeases()
 	return a, nil
+}
+
+// reserves is whom an address is reserved for.
+func (p *pool) reserves(a netip.Addr) string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.reservedFor[a]
 }
 
 // asking is a request for a lease on its way.

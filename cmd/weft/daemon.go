@@ -192,6 +192,9 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		Chosen: func(subnet netip.Prefix, gateway netip.Addr) (bool, bool, bool) {
 			return p.ipam.Chosen(subnet, gateway)
 		},
+		Restation: func(ctx context.Context, subnet netip.Prefix, a netip.Addr, mac datapath.MAC) error {
+			return p.ipam.Restation(ctx, subnet, a, mac)
+		},
 		Backends: map[string]driver.Backend{
 			"bridge": driver.Bridge{}, "macvlan": driver.Parent{Kind: "macvlan"}, "ipvlan": driver.Parent{Kind: "ipvlan"},
 			driver.ModeOverlay: overlay.Backend{},
