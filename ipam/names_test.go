@@ -243,7 +243,7 @@ func TestStrandedAll(t *testing.T) {
 		}
 	}
 	h.clock = time.Now().Add(9 * time.Minute)
-	full := "error: no free address left in pool 10.1.0.0/29: 6 of 6 are in use"
+	full := "error: no free address left in pool 10.1.0.0/29: 6 of 6 are in use: remove a container, or make the network with a larger --subnet"
 	if got := h.do("addr " + id); got != full {
 		t.Error(got)
 	}
