@@ -31,12 +31,14 @@ type NetworkStatus struct {
 	Egress   Egress `json:"egress"`
 	MTU      int    `json:"mtu"`
 	// VNI, Port and Underlay are those of an overlay network.
-	VNI       uint32         `json:"vni,omitempty"`
-	Port      uint16         `json:"port,omitempty"`
-	Underlay  netip.Addr     `json:"underlay,omitzero"`
-	Subnets   []SubnetStatus `json:"subnets"`
-	Endpoints int            `json:"endpoints"`
-	Created   time.Time      `json:"created"`
+	VNI      uint32     `json:"vni,omitempty"`
+	Port     uint16     `json:"port,omitempty"`
+	Underlay netip.Addr `json:"underlay,omitzero"`
+	// Options are those chosen whose default is another, by their short names.
+	Options   map[string]string `json:"options"`
+	Subnets   []SubnetStatus    `json:"subnets"`
+	Endpoints int               `json:"endpoints"`
+	Created   time.Time         `json:"created"`
 	// Warning says why containers cannot be reached although all is as recorded.
 	Warning string `json:"warning,omitempty"`
 }
@@ -147,6 +149,7 @@ func (n *network) status() NetworkStatus {
 	s := NetworkStatus{
 		ID: n.rec.ID, Mode: n.rec.Mode, Internal: n.rec.Internal, Egress: n.rec.Options.Egress, MTU: n.rec.MTU,
 		VNI: n.rec.VNI, Port: n.rec.Port, Underlay: n.rec.Underlay, Subnets: []SubnetStatus{}, Created: n.rec.Created,
+		Options: n.rec.Options.chosen(),
 	}
 	for _, sub := range n.rec.Subnets {
 		ss := SubnetStatus{Pool: sub.Pool}
@@ -156,6 +159,24 @@ func (n *network) status() NetworkStatus {
 		s.Subnets = append(s.Subnets, ss)
 	}
 	return s
+}
+
+// chosen are the options that a person looks for who asks why something is or is
+// not reached.
+func (o Options) chosen() map[string]string {
+	m := map[string]string{}
+	for name, v := range map[string]GatewayMode{"gateway_mode_ipv4": o.Gateway4, "gateway_mode_ipv6": o.Gateway6} {
+		if v != "" && v != GatewayNAT {
+			m[name] = string(v)
+		}
+	}
+	if o.HostAccess {
+		m["host_access"] = "true"
+	}
+	if o.SubMode != "" {
+		m["submode"] = o.SubMode
+	}
+	return m
 }
 
 func (e *endpoint) status(n Network) EndpointStatus {

@@ -429,3 +429,35 @@ func FuzzEtcdRecord(f *testing.F) {
 		}
 	})
 }
+
+// TestTroubles: peers that are named and no members are shown, each with its
+// reason, until they are members.
+func TestTroubles(t *testing.T) {
+	t.Parallel()
+	w := newWires()
+	late, dead := w.host(1), w.addr().String()
+	other := w.host(2)
+	other.Keys = [][]byte{testKey(2)}
+	w.run(t, other)
+	c := w.host(0, late.Bind.String(), dead, other.Bind.String(), "no.such.name.invalid")
+	c.Keys = [][]byte{testKey(1)}
+	late.Keys = c.Keys
+	x := w.run(t, c)
+	reason := func(peer string) string {
+		for _, tr := range x.Troubles() {
+			if tr.Peer == peer && !tr.Since.IsZero() {
+				return tr.Reason
+			}
+		}
+		return ""
+	}
+	within(t, 20*time.Second, "each has its reason", func() bool {
+		return strings.Contains(reason(dead), "does not answer at "+dead+":7947") && strings.Contains(reason(late.Bind.String()), "does not answer") &&
+			strings.Contains(reason(other.Bind.String()), "password") && strings.Contains(reason("no.such.name.invalid"), "looked up")
+	})
+	w.run(t, late)
+	within(t, 20*time.Second, "what is mended is gone", func() bool { return reason(late.Bind.String()) == "" })
+	if reason(dead) == "" {
+		t.Error("what is not mended is gone")
+	}
+}

@@ -85,6 +85,7 @@ type Cluster struct {
 	mu       sync.Mutex // over what follows
 	engine   Engine     // nil until it runs
 	underlay netip.Addr
+	blocked  Trouble // why this host has no underlay
 	join     Join
 	looking  sync.Mutex        // over looked
 	looked   map[string]lookup // peers' names
@@ -388,6 +389,7 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 				break // most hosts are alone, and some have no way out
 			}
 			trouble = err.Error()
+			c.block(trouble)
 			c.c.Log.WithError(err).Warn("overlay networks: where this host reaches others from")
 		case err == nil && u.Addr != last:
 			trouble = ""
@@ -399,6 +401,7 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 				break
 			}
 			last = u.Addr
+			c.block("")
 			c.mu.Lock()
 			c.underlay = u.Addr
 			c.mu.Unlock()
@@ -410,6 +413,13 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 		case <-time.After(lookTime):
 		}
 	}
+}
+
+// block notes why this host reaches no other, or that it does.
+func (c *Cluster) block(reason string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.blocked = Trouble{Peer: "this host", Reason: reason, Since: time.Now().UTC()}
 }
 
 // wanted reports whether this host has to do with others at all.
@@ -568,6 +578,8 @@ func (c *Cluster) save(ctx context.Context, vni uint32, n *network) error {
 type Status struct {
 	Peers     []Peer   `json:"peers"`
 	Conflicts []string `json:"conflicts"`
+	// Troubles are hosts that are no part of the cluster, or not all of it.
+	Troubles []Trouble `json:"troubles"`
 	// Deaf is there while it is not known which peers are: they are shown as
 	// they were last.
 	Deaf Deafness `json:"deaf,omitzero"`
@@ -575,9 +587,20 @@ type Status struct {
 
 // Status reports it.
 func (c *Cluster) Status() Status {
-	s := Status{Peers: c.table.Peers(), Conflicts: []string{}, Deaf: c.table.deafness()}
+	s := Status{Peers: c.table.Peers(), Conflicts: []string{}, Troubles: []Trouble{}, Deaf: c.table.deafness()}
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if c.blocked.Reason != "" {
+		s.Troubles = append(s.Troubles, c.blocked)
+	}
+	if e, ok := c.engine.(interface{ Troubles() []Trouble }); ok {
+		for _, t := range e.Troubles() {
+			// What a swarm named may be gone for good.
+			if !t.seed || slices.Contains(c.c.Join.Peers, t.Peer) {
+				s.Troubles = append(s.Troubles, t)
+			}
+		}
+	}
 	for _, n := range c.networks {
 		s.Conflicts = append(s.Conflicts, n.conflicts...)
 	}

@@ -44,6 +44,8 @@ type seed struct {
 	port  uint16
 	addrs []netip.AddrPort
 	at    time.Time // when addrs were looked up
+	// failed is why they could not be, last time.
+	failed string
 }
 
 // known is a host that was there once.
@@ -134,6 +136,7 @@ func (g *Gossip) joinSome(ctx context.Context, list *memberlist.Memberlist, host
 		wg.Go(func() { _, _ = list.Join([]string{a.String()}) }) // memberlist logs why not
 	}
 	wg.Wait()
+	g.missing(g.there())
 	if alone && len(try) > 0 && len(g.there()) == 1 && ctx.Err() == nil && g.once("alone") {
 		g.log.Warnf("no other host answers at port %d, tcp and udp; trying on", g.bind.Port())
 	}
@@ -192,9 +195,14 @@ func (g *Gossip) resolve(ctx context.Context, there map[netip.AddrPort]bool) map
 				if g.once("name " + s.host) {
 					g.log.Warnf("peer %s: %v", s.host, err)
 				}
+				g.mu.Lock()
+				s.failed = Plain(err.Error())
+				g.mu.Unlock()
 				return // what it was before is better than nothing
 			}
-			s.addrs, s.at = nil, time.Now()
+			g.mu.Lock()
+			defer g.mu.Unlock()
+			s.addrs, s.at, s.failed = nil, time.Now(), ""
 			for _, a := range addrs {
 				if a = a.Unmap(); a.Is4() == g.bind.Addr().Is4() {
 					s.addrs = append(s.addrs, netip.AddrPortFrom(a, s.port))

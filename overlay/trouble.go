@@ -3,7 +3,9 @@ package overlay
 import (
 	"cmp"
 	"errors"
+	"fmt"
 	"maps"
+	"net/netip"
 	"slices"
 	"time"
 )
@@ -15,6 +17,7 @@ type Trouble struct {
 	Since  time.Time `json:"since"`
 
 	last time.Time
+	seed bool // it is about a peer that was named
 }
 
 const (
@@ -29,16 +32,52 @@ const (
 func (g *Gossip) trouble(peer, reason string) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
+	g.noteTrouble(peer, reason).seed = false
+}
+
+// noteTrouble is trouble with mu held.
+func (g *Gossip) noteTrouble(peer, reason string) *Trouble {
 	now := time.Now()
 	t := g.troubles[peer]
 	if t == nil || t.Reason != reason {
 		if t == nil && len(g.troubles) >= mostTroubles {
-			return
+			return &Trouble{} // there is enough to do
 		}
 		t = &Trouble{Peer: peer, Reason: reason, Since: now.UTC()}
 		g.troubles[peer] = t
 	}
 	t.last = now
+	return t
+}
+
+// missing notes which of the peers that were named are no members, and why.
+func (g *Gossip) missing(there map[netip.AddrPort]bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for text, s := range g.seeds {
+		reason := "its name cannot be looked up"
+		if s.failed != "" {
+			reason += ": " + s.failed
+		} else if !s.at.IsZero() {
+			reason = "its name has no address of the family that this host's has, " + g.bind.Addr().String()
+		}
+		for _, a := range s.addrs {
+			if there[a] {
+				reason = ""
+				break
+			}
+			reason = fmt.Sprintf("it does not answer at %s, tcp and udp: does weft run there, and is the port open?", a)
+			if t := g.troubles[a.Addr().String()]; t != nil && t.Reason == otherPassword && time.Since(t.last) < troubleAge {
+				reason = otherPassword
+				break
+			}
+		}
+		if reason == "" {
+			delete(g.troubles, text)
+			continue
+		}
+		g.noteTrouble(text, reason).seed = true
+	}
 }
 
 // refuse tells that something of a message was not taken over.

@@ -99,7 +99,7 @@ func TestNames(t *testing.T) {
 		"dns    10.99.0.2   -                  10.99.0.0/24  reserved, in use",
 		"other  10.99.0.6   -                  10.99.0.0/24  in use",
 		"svc.2  10.99.0.7   -                  10.99.0.0/24  in use",
-		"web    10.99.0.3   -                  10.99.0.0/24  kept, released 20",
+		"web    10.99.0.3   -                  10.99.0.0/24  kept, released ",
 	} {
 		contains("status", status, line)
 	}

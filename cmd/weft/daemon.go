@@ -296,7 +296,7 @@ func (d *daemon) status(ctx context.Context, _ []byte) (any, error) {
 	doc.Networks, doc.Endpoints, doc.Drift.Repaired = []driver.NetworkStatus{}, []driver.EndpointStatus{}, []string{}
 	doc.Unclaimed = []string{}
 	doc.Pools = []ipam.PoolStatus{}
-	doc.Cluster = overlay.Status{Peers: []overlay.Peer{}, Conflicts: []string{}}
+	doc.Cluster = overlay.Status{Peers: []overlay.Peer{}, Conflicts: []string{}, Troubles: []overlay.Trouble{}}
 	switch {
 	case p == nil && err != nil:
 		doc.Phase, doc.Error = failed, err.Error()

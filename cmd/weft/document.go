@@ -1,13 +1,17 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/weftnet/weft/driver"
 	"github.com/weftnet/weft/ipam"
@@ -32,10 +36,41 @@ type document struct {
 	driver.Status
 	Pools   []ipam.PoolStatus `json:"pools"`
 	Cluster overlay.Status    `json:"cluster"`
+
+	now time.Time // ages are counted from it
+}
+
+// trouble is why the command's exit code is not 0.
+func (d document) trouble() error {
+	switch {
+	case d.Phase == failed:
+		return errors.New("the plugin has failed: every call is answered with that")
+	case d.Drift.Error != "":
+		return errors.New("not everything could be repaired")
+	}
+	return nil
+}
+
+// ago is how long ago something was, for people.
+func (d document) ago(t time.Time) string {
+	age := max(d.now.Sub(t), 0)
+	switch {
+	case age < 2*time.Minute:
+		return fmt.Sprintf("%ds", int(age.Seconds()))
+	case age < 2*time.Hour:
+		return fmt.Sprintf("%dm", int(age.Minutes()))
+	case age < 48*time.Hour:
+		return fmt.Sprintf("%dh", int(age.Hours()))
+	}
+	return fmt.Sprintf("%dd", int(age.Hours())/24)
 }
 
 // print writes the sections asked for, or all of them, for people.
 func (d document) print(w io.Writer, words []string) error {
+	w = plainWriter{w}
+	if d.now.IsZero() {
+		d.now = time.Now()
+	}
 	all := len(words) == 0
 	if all || d.Phase != serving {
 		name := d.Version
@@ -58,14 +93,14 @@ func (d document) print(w io.Writer, words []string) error {
 		name string
 		rows [][]string
 	}{
-		{"networks", d.networks()}, {"endpoints", d.endpoints()}, {"pools", d.pools()}, {"names", d.names()}, {"peers", d.peers()},
+		{"networks", d.networks()}, {"endpoints", d.endpoints()}, {"pools", d.pools()}, {"names", d.names()}, {"leases", d.leases()}, {"peers", d.peers()},
 	} {
-		asked := slices.Contains(words, section.name) || section.name == "names" && slices.Contains(words, "pools")
-		empty := (section.name == "peers" && all || section.name == "names") && len(section.rows) == 1
+		asked := slices.Contains(words, section.name) || slices.Contains(ofPools, section.name) && slices.Contains(words, "pools")
+		empty := (section.name == "peers" && all || slices.Contains(ofPools, section.name)) && len(section.rows) == 1
 		if !all && !asked || empty {
 			continue
 		}
-		if all || section.name == "names" {
+		if all || slices.Contains(ofPools, section.name) {
 			if _, err := fmt.Fprintln(w); err != nil {
 				return err
 			}
@@ -81,6 +116,29 @@ func (d document) print(w io.Writer, words []string) error {
 	return err
 }
 
+// ofPools are the sections that come with that of the pools.
+var ofPools = []string{"names", "leases"}
+
+// plainWriter keeps what others say, a host's name or a server's message, from
+// moving the cursor of a terminal.
+type plainWriter struct{ io.Writer }
+
+// Write is part of io.Writer.
+func (w plainWriter) Write(b []byte) (int, error) {
+	_, err := io.WriteString(w.Writer, printable(string(b)))
+	return len(b), err
+}
+
+// printable replaces what is neither printed nor the end of a line.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || unicode.IsPrint(r) && r != utf8.RuneError {
+			return r
+		}
+		return '?'
+	}, s)
+}
+
 func table(w io.Writer, rows [][]string) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	for _, r := range rows {
@@ -93,19 +151,22 @@ func table(w io.Writer, rows [][]string) error {
 
 func (d document) networks() [][]string {
 	var lines [][]string
-	rows := [][]string{{"NETWORK", "MODE", "VNI", "LINK", "SUBNETS", "GATEWAYS", "MTU", "EGRESS", "INTERNAL", "ENDPOINTS"}}
+	rows := [][]string{{"NETWORK", "MODE", "VNI", "LINK", "SUBNETS", "GATEWAYS", "MTU", "EGRESS", "INTERNAL", "ENDPOINTS", "OPTIONS"}}
 	for _, n := range d.Networks {
 		vni := "-"
 		if n.VNI != 0 {
 			vni = fmt.Sprint(n.VNI)
 		}
-		var pools, gateways []string
+		var pools, gateways, options []string
+		for _, name := range slices.Sorted(maps.Keys(n.Options)) {
+			options = append(options, name+"="+n.Options[name])
+		}
 		for _, s := range n.Subnets {
 			pools = append(pools, s.Pool.String())
 			gateways = append(gateways, orDash(s.Gateway))
 		}
 		rows = append(rows, []string{
-			short(n.ID), n.Mode, vni, orDash(n.Link), list(pools), list(gateways), fmt.Sprint(n.MTU), string(n.Egress), yesNo(n.Internal), fmt.Sprint(n.Endpoints),
+			short(n.ID), n.Mode, vni, orDash(n.Link), list(pools), list(gateways), fmt.Sprint(n.MTU), string(n.Egress), yesNo(n.Internal), fmt.Sprint(n.Endpoints), list(options),
 		})
 		if n.Warning != "" {
 			lines = append(lines, []string{fmt.Sprintf("! network %s: %s", short(n.ID), n.Warning)})
@@ -173,7 +234,7 @@ func (d document) names() [][]string {
 			case n.Held:
 				state = "in use"
 			case !n.Released.IsZero():
-				state = "kept, released " + n.Released.UTC().Format(time.RFC3339)
+				state = "kept, released " + d.ago(n.Released) + " ago"
 			}
 			if n.Host != "" {
 				state += " on " + n.Host
@@ -194,15 +255,41 @@ func (d document) names() [][]string {
 	return append(rows, lines...)
 }
 
+// leases lists what a DHCP server granted, and what is wrong with it.
+func (d document) leases() [][]string {
+	rows := [][]string{{"LEASE", "NAME", "MAC", "INTERFACE", "ENDS", "TROUBLE"}}
+	var lines [][]string
+	for _, p := range d.Pools {
+		if p.DHCP == nil {
+			continue
+		}
+		for _, l := range p.DHCP.Leases {
+			ends := "in " + d.ago(d.now.Add(-l.Expires.Sub(d.now)))
+			if !l.Expires.After(d.now) {
+				ends = d.ago(l.Expires) + " ago"
+			}
+			rows = append(rows, []string{l.Address.String(), orDash(l.Name), orDash(l.MAC), p.DHCP.Link, ends, orDash(l.Trouble)})
+		}
+		if c := p.DHCP.Counts; c.Silent+c.Refused+c.Expired > 0 {
+			lines = append(lines, []string{fmt.Sprintf("! the DHCP server on %s, since the plugin started: %d extensions, %d not answered, %d refused; %d leases ended in use",
+				p.DHCP.Link, c.Extended, c.Silent, c.Refused, c.Expired)})
+		}
+	}
+	return append(rows, lines...)
+}
+
 func (d document) peers() [][]string {
 	rows := [][]string{{"PEER", "ADDRESS", "STATE", "NETWORKS"}}
 	for _, p := range d.Cluster.Peers {
 		state, address := "heard", "-"
 		if deaf := d.Cluster.Deaf.Since; !deaf.IsZero() {
-			state = "unknown since " + deaf.UTC().Format(time.RFC3339)
+			state = "unknown for " + d.ago(deaf)
 		}
 		if !p.Silent.IsZero() {
-			state = "silent since " + p.Silent.UTC().Format(time.RFC3339)
+			state = "silent for " + d.ago(p.Silent)
+		}
+		if p.Unheard {
+			state = "silent, others told of it " + d.ago(p.Silent) + " ago"
 		}
 		if p.VTEP.IsValid() {
 			address = p.VTEP.String()
@@ -216,6 +303,9 @@ func (d document) peers() [][]string {
 	if why := d.Cluster.Deaf.Error; why != "" {
 		rows = append(rows, []string{"! other hosts are not heard: " + why})
 	}
+	for _, t := range d.Cluster.Troubles {
+		rows = append(rows, []string{fmt.Sprintf("! %s, for %s: %s", t.Peer, d.ago(t.Since), t.Reason)})
+	}
 	for _, line := range d.Cluster.Conflicts {
 		rows = append(rows, []string{"! " + line})
 	}
@@ -228,7 +318,7 @@ func (d document) drift() string {
 	if d.Drift.Checked.IsZero() {
 		b.WriteString("the kernel was not compared with the records yet\n")
 	} else {
-		fmt.Fprintf(&b, "the kernel was compared with the records at %s\n", d.Drift.Checked.Format(time.RFC3339))
+		fmt.Fprintf(&b, "the kernel was compared with the records %s ago\n", d.ago(d.Drift.Checked))
 	}
 	if len(d.Unclaimed) > 0 {
 		b.WriteString("in the kernel and in no record, left as it is (`weft network forget unclaimed` removes it):\n")
@@ -240,7 +330,7 @@ func (d document) drift() string {
 		fmt.Fprintf(&b, "not everything could be repaired: %s\n", d.Drift.Error)
 	}
 	if len(d.Drift.Repaired) > 0 {
-		fmt.Fprintf(&b, "repaired at %s:\n", d.Drift.RepairedAt.Format(time.RFC3339))
+		fmt.Fprintf(&b, "repaired %s ago:\n", d.ago(d.Drift.RepairedAt))
 		for _, l := range d.Drift.Repaired {
 			fmt.Fprintf(&b, "  %s\n", l)
 		}

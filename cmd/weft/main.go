@@ -50,7 +50,8 @@ func main() {
 		fmt.Fprintln(os.Stderr, "weft: cut off while stopping")
 		os.Exit(1)
 	})
-	os.Exit(run(ctx, os.Args[1:], program{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.Getenv, dataRoot: "/var/lib/docker", drop: datapath.DropPrivileges}))
+	os.Exit(run(ctx, os.Args[1:], program{in: os.Stdin, out: os.Stdout, err: os.Stderr, env: os.Getenv, dataRoot: "/var/lib/docker", drop: datapath.DropPrivileges,
+		engines: func() []string { return engineRoots("/etc/docker/daemon.json", "/proc") }}))
 }
 
 // program is what a command has of the process around it.
@@ -58,8 +59,10 @@ type program struct {
 	in       io.Reader
 	out, err io.Writer
 	env      func(string) string
-	dataRoot string       // of the engine, where a managed plugin's state is looked for
-	drop     func() error // gives up the privileges that serve does not need; nil for not at all
+	dataRoot string           // of the engine, where a managed plugin's state is looked for
+	drop     func() error     // gives up the privileges that serve does not need; nil for not at all
+	engines  func() []string  // where further engines keep their data; may be nil
+	now      func() time.Time // may be nil
 }
 
 // run is the command; it returns the exit code.
@@ -96,7 +99,7 @@ func run(ctx context.Context, args []string, p program) int {
 	case errors.Is(err, errUsage):
 		return 2
 	case err != nil:
-		_, _ = fmt.Fprintf(p.err, "weft: %v\n", err)
+		_, _ = fmt.Fprintf(p.err, "weft: %s\n", printable(err.Error()))
 		return 1
 	}
 	return 0

@@ -10,6 +10,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"unicode"
+	"unicode/utf16"
+	"unicode/utf8"
 
 	"github.com/weftnet/weft/internal/admin"
 )
@@ -39,15 +42,57 @@ func (p program) status(ctx context.Context, args []string) error {
 		}
 	}
 	var failures []error
+	var raws []json.RawMessage
 	for i, s := range sockets {
 		if len(sockets) > 1 && !*asJSON {
 			_, _ = fmt.Fprintf(p.out, "%s%s:\n", strings.Repeat("\n", min(i, 1)), s)
 		}
-		if err := p.show(ctx, s, words, *asJSON); err != nil {
-			failures = append(failures, err)
+		raw, doc, err := p.ask(ctx, s)
+		if err == nil && !*asJSON {
+			err = doc.print(p.out, words)
 		}
+		if err == nil {
+			raws, err = append(raws, raw), doc.trouble()
+		}
+		failures = append(failures, err)
+	}
+	if *asJSON && len(raws) > 0 {
+		failures = append(failures, p.printJSON(raws, len(sockets) > 1))
 	}
 	return errors.Join(failures...)
+}
+
+// printJSON prints one document, or several as a list, which is one document too.
+func (p program) printJSON(raws []json.RawMessage, several bool) error {
+	var v any = raws
+	if !several {
+		v = raws[0]
+	}
+	b, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	_, err = p.out.Write(append(escaped(b), '\n'))
+	return err
+}
+
+// escaped is JSON in which nothing moves the cursor of a terminal: what is below a
+// space is escaped already.
+func escaped(b []byte) []byte {
+	var out []byte
+	for _, r := range string(b) {
+		if r != '\n' && !unicode.IsPrint(r) {
+			if r > 0xffff {
+				hi, lo := utf16.EncodeRune(r)
+				out = fmt.Appendf(out, "\\u%04x\\u%04x", hi, lo)
+				continue
+			}
+			out = fmt.Appendf(out, "\\u%04x", r)
+			continue
+		}
+		out = utf8.AppendRune(out, r)
+	}
+	return out
 }
 
 // find returns the sockets of the plugins on this host: inside a plugin and
@@ -65,12 +110,16 @@ func (p program) find(state string) ([]string, error) {
 			return nil, fmt.Errorf("look for %s: %w", own, err)
 		}
 	}
-	pattern := filepath.Join(p.dataRoot, "plugins", "*", "propagated-mount", adminSocket)
-	found, err := filepath.Glob(pattern)
-	if err != nil {
-		return nil, fmt.Errorf("look for %s: %w", pattern, err)
+	pattern, found := "", plain
+	for _, root := range p.roots() {
+		pattern = filepath.Join(root, "plugins", "*", "propagated-mount", adminSocket)
+		list, err := filepath.Glob(pattern)
+		if err != nil {
+			return nil, fmt.Errorf("look for %s: %w", pattern, err)
+		}
+		found = append(found, list...)
 	}
-	if found = append(plain, found...); len(found) == 0 {
+	if len(found) == 0 {
 		hint := "is the plugin enabled? if the engine's data is elsewhere, say --socket"
 		if os.Geteuid() != 0 {
 			hint = "this has to be run as root"
@@ -80,20 +129,16 @@ func (p program) find(state string) ([]string, error) {
 	return found, nil
 }
 
-// show prints one plugin's answer.
-func (p program) show(ctx context.Context, socket string, words []string, asJSON bool) error {
-	var raw json.RawMessage
+// ask is one plugin's answer, as it came and as it is understood here.
+func (p program) ask(ctx context.Context, socket string) (raw json.RawMessage, doc document, err error) {
 	if err := admin.Get(ctx, socket, admin.PathStatus, &raw); err != nil {
-		return err
+		return nil, doc, err
 	}
-	if asJSON {
-		enc := json.NewEncoder(p.out)
-		enc.SetIndent("", "  ")
-		return enc.Encode(raw)
-	}
-	var doc document
 	if err := json.Unmarshal(raw, &doc); err != nil {
-		return fmt.Errorf("status of %s: %w", socket, err)
+		return nil, doc, fmt.Errorf("status of %s: %w", socket, err)
 	}
-	return doc.print(p.out, words)
+	if p.now != nil {
+		doc.now = p.now()
+	}
+	return raw, doc, nil
 }

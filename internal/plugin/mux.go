@@ -13,6 +13,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/sirupsen/logrus"
 )
@@ -336,11 +338,31 @@ func encode(v any) ([]byte, error) {
 // encodeError fills both fields: the engine reads Err from a network driver
 // and Error from an IPAM driver.
 func encodeError(err error) []byte {
-	b, merr := json.Marshal(struct{ Err, Error string }{err.Error(), err.Error()})
+	text := oneLine(err.Error())
+	b, merr := json.Marshal(struct{ Err, Error string }{text, text})
 	if merr != nil { // two strings: cannot be
 		return []byte(`{"Err":"internal error","Error":"internal error"}`)
 	}
 	return b
+}
+
+// mostError is the length of an error, in bytes; the engine prints it as it is.
+const mostError = 4096
+
+// oneLine makes a text safe to be printed: the name of another host or what a
+// server has answered may be part of it.
+func oneLine(s string) string {
+	s = strings.ReplaceAll(strings.TrimSpace(s), "\n", "; ")
+	s = strings.Map(func(r rune) rune {
+		if unicode.IsPrint(r) && r != utf8.RuneError {
+			return r
+		}
+		return '?'
+	}, s)
+	if len(s) > mostError {
+		s = strings.ToValidUTF8(s[:mostError], "") + "…"
+	}
+	return s
 }
 
 func callName(path string) string { return clip(strings.TrimPrefix(path, "/")) }
