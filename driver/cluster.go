@@ -70,10 +70,14 @@ func (d *Driver) unclaimed(n Network, e Endpoint) error {
 	}
 	for _, a := range e.Addrs {
 		if host, ok := d.cluster.Holder(n, a.Addr()); ok {
-			return fmt.Errorf("address %s is in use on host %s: stop that container, or give this one another address", a.Addr(), host)
+			return heldOn(host, a.Addr())
 		}
 	}
 	return nil
+}
+
+func heldOn(host string, a netip.Addr) error {
+	return fmt.Errorf("address %s is in use on host %s: stop that container, or give this one another address", a, host)
 }
 
 // isSwarm tells a network of a swarm by its ID: those of one engine are 64 hex

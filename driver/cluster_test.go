@@ -342,3 +342,20 @@ func TestTunnelPort(t *testing.T) {
 		}
 	}
 }
+
+// TestVetElsewhere: an automatic address that another host has is passed over.
+func TestVetElsewhere(t *testing.T) {
+	r, c := newSpanningRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	pool := netip.MustParsePrefix("10.1.0.0/24")
+	c.elsewhere = map[netip.Addr]string{netip.MustParseAddr("10.1.0.2"): "two"}
+	if err := r.d.Vet(t.Context(), pool, netip.MustParseAddr("10.1.0.2")); err == nil || !strings.Contains(err.Error(), "in use on host two") {
+		t.Errorf("an address of another host: %v", err)
+	}
+	if err := r.d.Vet(t.Context(), pool, netip.MustParseAddr("10.1.0.3")); err != nil {
+		t.Errorf("an address that nobody has: %v", err)
+	}
+	if err := r.d.Vet(t.Context(), netip.MustParsePrefix("10.1.0.0/16"), netip.MustParseAddr("10.1.0.2")); err != nil {
+		t.Errorf("another pool: %v", err)
+	}
+}

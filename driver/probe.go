@@ -33,12 +33,13 @@ func (n Network) onLAN() string {
 }
 
 // Vet asks the LAN of the network that has exactly this subnet whether somebody
-// there holds an address, for up to half a second and with no lock held. The error
-// says who. Where there is no such network, or its addresses are nobody else's
+// there holds an address, for up to half a second and with no lock held; of a
+// network that spans hosts, what is known of the others. The error says who. Where there is no such network, or its addresses are nobody else's
 // business, there is none.
 func (d *Driver) Vet(ctx context.Context, pool netip.Prefix, a netip.Addr) error {
 	d.mu.Lock()
 	var n *network
+	var span *Network
 	gateway := false
 	for _, x := range d.networks {
 		s, ok := x.rec.subnet(a)
@@ -49,8 +50,18 @@ func (d *Driver) Vet(ctx context.Context, pool netip.Prefix, a netip.Addr) error
 		if x.rec.lan() != "" {
 			n = x
 		}
+		if x.rec.VNI != 0 && !isSwarm(x.rec.ID) {
+			rec := x.rec
+			span = &rec
+		}
 	}
 	d.mu.Unlock()
+	if span != nil {
+		if host, ok := d.cluster.Holder(*span, a); ok {
+			d.log.WithField("network", span.ID).Warnf("address %s is in use on host %s and not given out here: give each host an --ip-range of its own", a, host)
+			return heldOn(host, a)
+		}
+	}
 	if gateway {
 		return gatewayTaken(a)
 	}

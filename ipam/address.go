@@ -71,9 +71,9 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 }
 
 // mostSquatters bounds how many addresses one request finds in the hands of
-// stations of the LAN. Each answers at once, so that this takes no time; a free
+// stations of the LAN, or of other hosts. Each answers at once, so that this takes no time; a free
 // one takes some 300 ms to tell.
-const mostSquatters = 32
+const mostSquatters = 128
 
 // grant hands out an address of the pool, and reports whether it is reserved for
 // the name.

@@ -63,7 +63,7 @@ func TestAllSquatters(t *testing.T) {
 	h := newHouse(t)
 	h.vet = func(context.Context, netip.Prefix, netip.Addr) error { return errors.New("taken") }
 	h.do("pool local 10.1.0.0/24")
-	if got := h.do("addr weft-local,10.1.0.0/24"); !strings.Contains(got, "error: 32 addresses in a row") || !strings.Contains(got, "taken") {
+	if got := h.do("addr weft-local,10.1.0.0/24"); !strings.Contains(got, "error: 128 addresses in a row") || !strings.Contains(got, "taken") {
 		t.Error(got)
 	}
 	if n := h.Status(t.Context()).Pools[0].Used; n != 0 {
