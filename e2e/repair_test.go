@@ -52,6 +52,7 @@ func TestRepair(t *testing.T) {
 		return nil
 	})
 	note("flushed table: rules back after %v", time.Since(flushed).Round(10*time.Millisecond))
+	damaged := time.Now() // a pass may come between what follows
 	e.net(t, "nft", "flush", "table", "inet", "weft")
 	e.net(t, "ip", "link", "del", bridge)
 	e.net(t, "ip", "link", "set", port, "nomaster")
@@ -59,7 +60,6 @@ func TestRepair(t *testing.T) {
 	// As sysctl --system does on hosts whose files say so.
 	e.net(t, "sh", "-c", "cd /proc/sys/net && echo 0 >ipv4/ip_forward && echo 0 >ipv6/conf/all/forwarding && echo 1 >ipv4/conf/all/rp_filter && "+
 		"for f in ipv4/conf/*/route_localnet; do echo 0 >$f; done")
-	damaged := time.Now()
 	e.works(t, repairTime, host4+":8080")
 	e.works(t, repairTime, host4+":8090")
 	e.works(t, repairTime, "["+host6+"]:8080")
