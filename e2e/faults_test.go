@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -369,8 +370,69 @@ func TestPluginDisabled(t *testing.T) {
 	s.finish(t, "plugin disabled, enabled and killed")
 	e.run(t, "after", "--network", "net1", "-p", "8083:80")
 	e.sees(t, e.lan.client, host4+":8083", client4)
-	e.removeAll(t)
+	e.must(t, "rm", "-f", "after")
+	e.loseState(t)
+	e.forgetNetwork(t)
 	e.checkClean(t)
+	e.uninstall(t)
+}
+
+// loseState removes the plugin by force under running containers and installs it
+// again.
+func (e *engine) loseState(t *testing.T) {
+	t.Helper()
+	e.must(t, "plugin", "rm", "-f", pluginName)
+	e.installPlugin(t)
+	e.waitPlugin(t)
+	checkThree(t, e)
+	if s, err := e.status(t); err != nil || len(s.Unclaimed) == 0 || s.Drift.Error != "" {
+		t.Errorf("status: %v, unclaimed %q, %s", err, s.Unclaimed, s.Drift.Error)
+	}
+	if out, err := e.docker("restart", "-t", "0", "again"); err == nil || !strings.Contains(err.Error(), "docker network rm") {
+		t.Errorf("restart of a container on a network that the plugin does not know: %s %v", out, err)
+	}
+	e.sees(t, e.lan.client, host4+":8080", client4)
+	e.must(t, "rm", "-f", "always", "again", "fixed")
+	e.must(t, "network", "rm", "net1")
+	e.checkClean(t)
+	threeContainers(t, e)
+	checkThree(t, e)
+	e.removeAll(t)
+}
+
+// forgetNetwork has the engine remove a network while the plugin is not there.
+func (e *engine) forgetNetwork(t *testing.T) {
+	t.Helper()
+	e.oursNetwork(t, "net1", "--subnet", net1)
+	e.must(t, "plugin", "disable", "-f", pluginName)
+	e.must(t, "network", "rm", "net1")
+	e.must(t, "plugin", "enable", pluginName)
+	e.waitPlugin(t)
+	_, err := e.docker("network", "create", "-d", ours, "--ipam-driver", ours, "--subnet", net1, "net1")
+	m := regexp.MustCompile("weft network forget ([0-9a-f]+)").FindStringSubmatch(fmt.Sprint(err))
+	if m == nil {
+		t.Fatalf("the error names no command: %v", err)
+	}
+	if out, err := e.weft(t, "network", "forget", m[1]); err != nil {
+		t.Fatalf("forget: %s %v", out, err)
+	}
+	e.oursNetwork(t, "net1", "--subnet", net1)
+	e.removeAll(t)
+}
+
+// uninstall is the plugin removed by force with a network, and what the
+// documentation says to do then.
+func (e *engine) uninstall(t *testing.T) {
+	t.Helper()
+	e.oursNetwork(t, "net1", "--subnet", net1)
+	e.must(t, "plugin", "rm", "-f", pluginName)
+	if out, err := output(e.inside(suite.weft, "uninstall")); err != nil {
+		t.Fatalf("uninstall: %s %v", out, err)
+	}
+	left := e.net(t, "nft", "list", "tables") + e.net(t, "iptables", "-S", "FORWARD") + e.net(t, "ip", "-o", "link")
+	if strings.Contains(left, "weft") || strings.Contains(left, "wfb") {
+		t.Errorf("left behind:\n%s", left)
+	}
 }
 
 // TestDiskFull fills the plugin's disk up and frees it again.

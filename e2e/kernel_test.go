@@ -109,8 +109,9 @@ type status struct {
 			More                   int
 		}
 	}
-	Pools []pool
-	Drift struct {
+	Pools     []pool
+	Unclaimed []string
+	Drift     struct {
 		Error    string
 		Repaired []string
 	}
