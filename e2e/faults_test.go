@@ -384,7 +384,10 @@ func (e *engine) loseState(t *testing.T) {
 	e.must(t, "plugin", "rm", "-f", pluginName)
 	e.installPlugin(t)
 	e.waitPlugin(t)
-	checkThree(t, e)
+	for _, to := range []string{host4 + ":8080", host4 + ":8081", host4 + ":8082"} {
+		e.sees(t, e.lan.client, to, client4)
+	}
+	e.sees(t, e.lan.client, "["+host6+"]:8080", client6)
 	if s, err := e.status(t); err != nil || len(s.Unclaimed) == 0 || s.Drift.Error != "" {
 		t.Errorf("status: %v, unclaimed %q, %s", err, s.Unclaimed, s.Drift.Error)
 	}

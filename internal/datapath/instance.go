@@ -200,7 +200,7 @@ func (s *shortcuts) drop(ctx context.Context) error {
 	until := deadline(ctx)
 	there, err := s.thereLocked(until, unix.NFT_MSG_GETTABLE, "")
 	if err != nil || !there {
-		return nil //nolint:nilerr // a kernel without the family has none
+		return nil // a kernel without the family has none
 	}
 	var b nfBatch
 	b.table(s.table, unix.NFT_MSG_DELTABLE)
