@@ -145,7 +145,11 @@ func (d *Driver) holdUnclaimed(ctx context.Context) {
 		x := datapath.Socket{Proto: e.Proto, Host: netip.AddrPortFrom(e.Net.Addr(), e.Port), To: netip.AddrPortFrom(e.To, port), More: e.More}
 		if _, err := d.kernel.Ensure(ctx, datapath.State{Sockets: []datapath.Socket{x}}); err != nil {
 			d.log.WithError(err).Warn("a published port is not held")
+			continue
 		}
+		d.mu.Lock()
+		d.unowned.Sockets = append(d.unowned.Sockets, x)
+		d.mu.Unlock()
 	}
 }
 

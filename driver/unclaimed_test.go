@@ -79,6 +79,21 @@ func TestStateLost(t *testing.T) {
 	}
 }
 
+// The network is removed and made again at once, with the same port.
+func TestStateLostPort(t *testing.T) {
+	r := newRunningRig(t)
+	r.lose()
+	r.must("Leave", `{"NetworkID":"`+net1+`","EndpointID":"`+ep1+`"}`)
+	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+	r.must("DeleteNetwork", `{"NetworkID":"`+net2+`"}`)
+	r.must("CreateNetwork", createDual(""))
+	r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", "fd00:1::2/64"))
+	r.must("Join", joinBody(net1, ep1))
+	r.kernel.moveIn(veth1)
+	r.must("ProgramExternalConnectivity", program(net1, ep1, binding(6, 80, "", 8080, 8080)))
+	r.idle()
+}
+
 // An old copy of the state knows some of what is there; the rest is left alone too.
 func TestStateOld(t *testing.T) {
 	r := newRunningRig(t)
