@@ -1,7 +1,6 @@
 package datapath
 
 import (
-	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -59,9 +58,11 @@ func (c *rtnl) hear(index int, a netip.Addr, mac MAC) error {
 	if err != nil {
 		return err
 	}
-	answers, err := c.serve(context.Background(), []*nl.NetlinkRequest{n.request(unix.RTM_NEWNEIGH, unix.NLM_F_REPLACE)})
-	if err == nil && !absent(answers[0]) {
-		err = answers[0]
+	req := n.request(unix.RTM_NEWNEIGH, unix.NLM_F_REPLACE|unix.NLM_F_ACK)
+	req.Sockets = c.sockets
+	_, err = req.Execute(unix.NETLINK_ROUTE, 0)
+	if absent(err) { // just now
+		return nil
 	}
 	return err
 }

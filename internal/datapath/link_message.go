@@ -6,7 +6,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"slices"
 	"time"
 
 	"github.com/vishvananda/netlink"
@@ -124,17 +123,8 @@ func (c *rtnl) list(ctx context.Context) ([]link, error) {
 	return dump(ctx, func() ([]link, error) { return c.listOnce() })
 }
 
-// ofKind returns those of one kind; the kernel leaves the others out.
-func (c *rtnl) ofKind(ctx context.Context, kind string) ([]link, error) {
-	all, err := dump(ctx, func() ([]link, error) { return c.listOnce(kindAttr(kind, nil)) })
-	return slices.DeleteFunc(all, func(l link) bool { return l.kind != kind }), err
-}
-
-func (c *rtnl) listOnce(which ...*nl.RtAttr) ([]link, error) {
+func (c *rtnl) listOnce() ([]link, error) {
 	req := c.request(unix.RTM_GETLINK, unix.NLM_F_DUMP, linkInfo(0, false))
-	for _, a := range which {
-		req.AddData(a)
-	}
 	req.AddData(nl.NewRtAttr(unix.IFLA_EXT_MASK, nl.Uint32Attr(skipStatistics)))
 	// Read first, then parsed: what delays the next read makes room for a
 	// change that interrupts the dump.
