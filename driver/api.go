@@ -177,6 +177,9 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 	if err := d.vetEndpoint(ctx, req.NetworkID, req.EndpointID, addrs); err != nil {
 		return resp, err
 	}
+	if err := d.chooseMAC(ctx, req); err != nil {
+		return resp, err
+	}
 	n, unlock := d.find(req.NetworkID)
 	defer unlock()
 	if n == nil {
@@ -209,19 +212,30 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 		// What the engine sent filled must come back empty.
 		rec.MAC = endpointMAC(rec.ID, rec.Addrs)
 		resp.Interface.MacAddress = rec.MAC.String()
-	case req.Interface != nil && req.Interface.MacAddress != "":
-		if err := d.chooseMAC(ctx, n.rec, rec); err != nil {
-			return resp, err
-		}
 	}
 	return resp, d.createEndpoint(ctx, n, rec)
 }
 
-// chooseMAC has the addresses of an endpoint be those of the MAC address that the
-// user has chosen.
-func (d *Driver) chooseMAC(ctx context.Context, n Network, e Endpoint) error {
+// chooseMAC has the addresses of an endpoint that is about to be made be those of
+// the MAC address that its user has chosen. A DHCP server may be asked: no lock is
+// held.
+func (d *Driver) chooseMAC(ctx context.Context, req plugin.CreateEndpointRequest) error {
+	if req.Interface == nil || req.Interface.MacAddress == "" {
+		return nil
+	}
+	d.mu.Lock()
+	n := d.networks[req.NetworkID]
+	skip := n == nil || n.doomed || n.endpoints[req.EndpointID] != nil
+	d.mu.Unlock()
+	if skip || n.rec.Mode == modeIPvlan || n.rec.Options.SubMode == "passthru" {
+		return nil
+	}
+	e, err := parseInterface(n.rec, req) // a network's record never changes
+	if err != nil {
+		return err
+	}
 	for _, a := range e.Addrs {
-		s, _ := n.subnet(a.Addr())
+		s, _ := n.rec.subnet(a.Addr())
 		if err := d.restation(ctx, s.Pool, a.Addr(), e.MAC); err != nil {
 			return err
 		}

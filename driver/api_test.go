@@ -1,14 +1,18 @@
 package driver
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/weftnet/weft/internal/datapath"
 )
 
 // TestEngines plays a container's life as three engines were seen to send it.
@@ -457,4 +461,37 @@ func TestAbandonedNetwork(t *testing.T) {
 	r.clock.at = r.clock.at.Add(answerTime)
 	r.restart()
 	r.refused("CreateNetwork", createNetwork(net1, "10.1.0.0/24", "{}"), "10.1.0.0/24 overlaps")
+}
+
+// A LAN's DHCP server that is slow to answer for a chosen MAC address keeps nobody
+// else waiting: no lock is held while it is asked, and for a call that comes again
+// it is not asked.
+func TestChosenMACHoldsNoLock(t *testing.T) {
+	var r *rig
+	var asked []string
+	r = newRigWith(t, func(c *Config) {
+		c.Restation = func(_ context.Context, pool netip.Prefix, a netip.Addr, mac datapath.MAC) error {
+			asked = append(asked, fmt.Sprint(pool, " ", a, " ", mac))
+			for name, l := range map[string]interface {
+				TryLock() bool
+				Unlock()
+			}{"change": &r.d.change, "mu": &r.d.mu, "the network's": &r.d.networks[net1].mu} {
+				if !l.TryLock() {
+					t.Errorf("lock %s is held while the DHCP server is asked", name)
+					continue
+				}
+				l.Unlock()
+			}
+			return nil
+		}
+	})
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", ""))
+	chosen := strings.Replace(createEndpoint(net1, ep1, "10.1.0.2/24", ""), `"MacAddress":""`, `"MacAddress":"02:42:0a:01:00:63"`, 1)
+	r.refused("CreateEndpoint", strings.Replace(chosen, "10.1.0.2", "10.9.0.2", 1), "none of the network's subnets")
+	r.must("CreateEndpoint", chosen)
+	r.must("CreateEndpoint", chosen)
+	r.must("CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.3/24", ""))
+	if want := []string{"10.1.0.0/24 10.1.0.2 02:42:0a:01:00:63"}; !slices.Equal(asked, want) {
+		t.Errorf("asked for %q, want %q", asked, want)
+	}
 }
