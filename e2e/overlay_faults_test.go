@@ -397,8 +397,9 @@ func TestOverlaySecret(t *testing.T) {
 			}
 		}
 		for _, pair := range [][2]*engine{{one, three}, {three, one}} {
-			if out, err := pair[0].peers(t); err != nil || strings.Contains(out, pair[1].vtep()) {
-				t.Errorf("%s knows %s: %s %v", pair[0].name, pair[1].name, out, err)
+			out, err := pair[0].peers(t)
+			if err != nil || strings.Contains(out, pair[1].name) || !strings.Contains(out, "! "+pair[1].vtep()) || !strings.Contains(out, "it has another password") {
+				t.Errorf("%s knows %s, or does not say why not: %s %v", pair[0].name, pair[1].name, out, err)
 			}
 		}
 		members{three}.set(t, "SECRET="+secret)
