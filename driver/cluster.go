@@ -149,7 +149,7 @@ func (d *Driver) Follow(ctx context.Context, vni uint32) error {
 	have := n.remote
 	n.remote = want
 	keep := want
-	keep.Elements = slices.Concat(want.Elements, d.membersLocked(n))
+	keep.Elements = slices.Concat(want.Elements, d.membersLocked(n), d.commonLocked(have).Elements)
 	d.mu.Unlock()
 	if add := want.Minus(have); !add.Empty() {
 		if _, err := d.kernel.Ensure(ctx, add); err != nil {

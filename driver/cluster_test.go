@@ -25,6 +25,7 @@ type spanning struct{ Bridge }
 func (b spanning) Network(n Network) datapath.State {
 	s := b.Bridge.Network(n)
 	s.Bridges[0].Addrs = nil
+	s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetTunnels, Port: n.Port})
 	s.VXLANs = []datapath.VXLAN{{Name: "wfx" + s.Bridges[0].Name[3:], Master: s.Bridges[0].Name, VNI: n.VNI, Port: n.Port, Local: n.Underlay, MTU: n.MTU}}
 	return s
 }

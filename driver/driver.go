@@ -546,6 +546,7 @@ func (d *Driver) removeNetwork(ctx context.Context, n *network) error {
 	// The rest of what leads to other hosts goes with the links.
 	mine.Elements = append(mine.Elements, n.remote.Elements...)
 	others.Elements = append(others.Elements, d.membersLocked(n)...)
+	others.Add(d.commonLocked(mine))
 	d.mu.Unlock()
 	if err := d.kernel.Remove(ctx, without(mine, others)); err != nil {
 		return err

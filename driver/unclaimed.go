@@ -178,6 +178,9 @@ func (d *Driver) dropUnclaimed(ctx context.Context, links ...string) error {
 		}
 	}
 	mine = x.part(all, true)
+	if all.Minus(mine).Links() == 0 {
+		mine = d.unneeded(all) // with the last link goes what they had in common
+	}
 	if err := d.kernel.Remove(ctx, mine); err != nil {
 		return err
 	}
@@ -185,6 +188,27 @@ func (d *Driver) dropUnclaimed(ctx context.Context, links ...string) error {
 	defer d.mu.Unlock()
 	d.unowned = all.Minus(mine)
 	return nil
+}
+
+// unneeded is what of s no record wants.
+func (d *Driver) unneeded(s datapath.State) datapath.State {
+	var all datapath.State
+	for _, w := range d.wanted() {
+		all.Add(w.state)
+	}
+	return without(s, all)
+}
+
+// commonLocked is what of s containers without records need as well: what belongs
+// to no one network. d.mu is held.
+func (d *Driver) commonLocked(s datapath.State) datapath.State {
+	return datapath.State{
+		Hook: s.Hook && d.unowned.Links() > 0,
+		Elements: filter(s.Elements, func(e datapath.Element) bool {
+			return (e.Set == datapath.SetTunnels || e.Set == datapath.SetMembers) &&
+				slices.ContainsFunc(d.unowned.VXLANs, func(v datapath.VXLAN) bool { return v.Port == e.Port })
+		}),
+	}
 }
 
 // leaveUnclaimed ends what an endpoint without a record has: the engine has stopped
@@ -214,7 +238,7 @@ func (d *Driver) ForgetUnclaimed(ctx context.Context) (string, error) {
 	if all.Empty() {
 		return "nothing is unclaimed", nil
 	}
-	if err := d.kernel.Remove(ctx, all); err != nil {
+	if err := d.kernel.Remove(ctx, d.unneeded(all)); err != nil {
 		return "", err
 	}
 	d.mu.Lock()

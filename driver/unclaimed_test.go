@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -54,6 +55,7 @@ func TestStateLost(t *testing.T) {
 	r.refused("CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.3/24", ""), "not known to this plugin", "docker network rm", "create it again")
 	// Other networks come and go beside it.
 	r.must("CreateNetwork", createNetwork(strings.Repeat("9", 64), "10.9.0.0/24", ""))
+	r.idle() // what both need is wanted now
 	r.must("DeleteNetwork", `{"NetworkID":"`+strings.Repeat("9", 64)+`"}`)
 	r.idle()
 	if got := r.kernel.text(); got != want {
@@ -92,6 +94,60 @@ func TestStateLostPort(t *testing.T) {
 	r.kernel.moveIn(veth1)
 	r.must("ProgramExternalConnectivity", program(net1, ep1, binding(6, 80, "", 8080, 8080)))
 	r.idle()
+}
+
+// Nothing is left of what no record names once the engine has removed it all.
+func TestStateLostAndRemoved(t *testing.T) {
+	r := newRunningRig(t)
+	r.lose()
+	r.must("Leave", ids(net1, ep1))
+	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+	r.must("DeleteNetwork", `{"NetworkID":"`+net2+`"}`)
+	r.idle()
+	r.empty()
+}
+
+// Tunnels have their port, and the other hosts, in common.
+func TestStateLostTunnels(t *testing.T) {
+	r, c := newSpanningRig(t)
+	c.remote = datapath.State{Elements: []datapath.Element{{Set: datapath.SetMembers, Net: netip.MustParsePrefix("192.0.2.7/32"), Port: 4793}}}
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	r.restart() // the others' state is there from a start on
+	want := r.kernel.text()
+	for _, word := range []string{"tunnels", "members"} {
+		if !strings.Contains(want, word) {
+			t.Fatalf("no %s in\n%s", word, want)
+		}
+	}
+	r.lose()
+	r.must("CreateNetwork", createNetwork(net3, "10.9.0.0/24", `{"mode":"overlay","vni":"77"}`))
+	if err := r.d.Follow(t.Context(), 77); err != nil {
+		t.Fatal(err)
+	}
+	r.idle()
+	remote := c.remote
+	c.mu.Lock()
+	c.remote = datapath.State{}
+	c.mu.Unlock()
+	if err := r.d.Follow(t.Context(), 77); err != nil { // this one leaves the new network
+		t.Fatal(err)
+	}
+	r.idle()
+	c.mu.Lock()
+	c.remote = remote
+	c.mu.Unlock()
+	if err := r.d.Follow(t.Context(), 77); err != nil { // and is back
+		t.Fatal(err)
+	}
+	r.idle()
+	r.must("DeleteNetwork", `{"NetworkID":"`+net3+`"}`)
+	if got := r.kernel.text(); got != want {
+		t.Errorf("the kernel was changed: %s", cmp.Diff(want, got))
+	}
+	r.idle()
+	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+	r.idle()
+	r.empty()
 }
 
 // An old copy of the state knows some of what is there; the rest is left alone too.
