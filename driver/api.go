@@ -311,21 +311,30 @@ func (d *Driver) handleDeleteEndpoint(ctx context.Context, req wire.DeleteEndpoi
 		return plugin.Empty{}, err
 	}
 	defer d.giveBack(ctx, req.EndpointID, d.sandboxOf(req.NetworkID, req.EndpointID)) // without the network's lock
-	n, unlock := d.find(req.NetworkID)
+	known, err := d.deleteEndpoint(ctx, req.NetworkID, req.EndpointID)
+	if !known {
+		err = d.deleteUnclaimed(ctx, req.EndpointID)
+	}
+	return plugin.Empty{}, err
+}
+
+// deleteEndpoint deletes one that has a record.
+func (d *Driver) deleteEndpoint(ctx context.Context, networkID, endpointID string) (known bool, err error) {
+	n, unlock := d.find(networkID)
 	defer unlock()
 	if n == nil {
-		return plugin.Empty{}, d.leaveUnclaimed(ctx, req.EndpointID)
+		return false, nil
 	}
 	d.mu.Lock()
-	e := n.endpoints[req.EndpointID]
+	e := n.endpoints[endpointID]
 	d.mu.Unlock()
 	if e == nil {
-		return plugin.Empty{}, nil
+		return false, nil
 	}
-	if d.later(n, req.EndpointID) {
-		return plugin.Empty{}, nil
+	if d.later(n, endpointID) {
+		return true, nil
 	}
-	return plugin.Empty{}, d.finish(ctx, n, e)
+	return true, d.finish(ctx, n, e)
 }
 
 // endpointInfo is answered at once: the engine asks once for every endpoint of

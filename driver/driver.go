@@ -110,10 +110,8 @@ type Driver struct {
 	// fallbacks are the endpoints that serve IPv6 with IPv4, by their sandbox.
 	fallbacks map[string]*fallback
 	drift     Drift
-	// unowned is ours by its mark and named by no record; dropped are links of
-	// records that were given up at the start.
+	// unowned is ours by its mark and named by no record.
 	unowned datapath.State
-	dropped map[string]bool
 }
 
 type network struct {
@@ -542,6 +540,9 @@ func (d *Driver) removeNetwork(ctx context.Context, n *network) error {
 		}
 	}
 	mine := d.networkState(n)
+	if n.rec.Pending {
+		mine.Children = append(mine.Children, d.trial(n)...)
+	}
 	d.mu.Lock()
 	// The rest of what leads to other hosts goes with the links.
 	mine.Elements = append(mine.Elements, n.remote.Elements...)

@@ -157,20 +157,22 @@ func (n Network) atOdds(o Network) error {
 
 // tryParent makes a sub-interface and takes it away again, so that what the
 // kernel refuses is said when the network is made and not with its first
-// container.
+// container. One that stays because of an error goes with the pending network.
 func (d *Driver) tryParent(ctx context.Context, n *network) error {
-	if !n.rec.onParent() {
+	s := datapath.State{Children: d.trial(n)}
+	if s.Empty() {
 		return nil
 	}
-	s := datapath.State{Children: d.backends[n.rec.Mode].Endpoint(n.rec, Endpoint{ID: n.rec.ID}).Children}
 	if _, err := d.kernel.Ensure(ctx, s); err != nil {
 		return err
 	}
-	err := d.kernel.Remove(ctx, s)
-	if err != nil {
-		ctx, cancel := cleanup(ctx)
-		defer cancel()
-		err = join(err, d.kernel.Remove(ctx, s))
+	return d.kernel.Remove(ctx, s)
+}
+
+// trial is what tryParent makes.
+func (d *Driver) trial(n *network) []datapath.Child {
+	if !n.rec.onParent() {
+		return nil
 	}
-	return err
+	return d.backends[n.rec.Mode].Endpoint(n.rec, Endpoint{ID: n.rec.ID}).Children
 }

@@ -54,7 +54,7 @@ func (d *Driver) Recover(ctx context.Context) error {
 func (d *Driver) load(ctx context.Context) error {
 	d.change.Lock()
 	defer d.change.Unlock()
-	networks, dropped := map[string]*network{}, map[string]bool{}
+	networks := map[string]*network{}
 	list, err := d.nets.List(ctx, networkPrefix)
 	if err != nil {
 		return err
@@ -70,9 +70,6 @@ func (d *Driver) load(ctx context.Context) error {
 		// We died before the answer, so the engine has no such network.
 		n := newNetwork(rec)
 		n.rev, n.doomed = r.Rev, rec.Pending
-		if rec.Pending {
-			dropped[peerEnd(rec.ID)] = true // see tryParent
-		}
 		networks[rec.ID] = n
 	}
 	if list, err = d.eps.List(ctx, endpointPrefix); err != nil {
@@ -85,8 +82,7 @@ func (d *Driver) load(ctx context.Context) error {
 		}
 		n := networks[rec.Network]
 		if n == nil {
-			d.log.WithField("network", rec.Network).WithField("endpoint", rec.ID).Warn("forgotten: its network is not known")
-			dropped[hostEnd(rec.ID)], dropped[peerEnd(rec.ID)] = true, true
+			d.log.WithField("network", rec.Network).WithField("endpoint", rec.ID).Warn("forgotten: its network is not known; what its container uses is left as it is")
 			if err := d.eps.Delete(ctx, r.Key); err != nil {
 				return err
 			}
@@ -95,7 +91,7 @@ func (d *Driver) load(ctx context.Context) error {
 		n.enter(&endpoint{rec: rec, rev: r.Rev, loaded: true, sandbox: rec.Sandbox})
 	}
 	d.mu.Lock()
-	d.networks, d.dropped = networks, dropped
+	d.networks = networks
 	d.mu.Unlock()
 	return nil
 }

@@ -3,7 +3,6 @@ package driver
 import (
 	"context"
 	"fmt"
-	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -27,11 +26,10 @@ type names struct {
 func (d *Driver) names() names {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	x := names{links: maps.Clone(d.dropped)}
-	if x.links == nil {
-		x.links = map[string]bool{}
-	}
+	x := names{links: map[string]bool{}}
 	for _, n := range d.networks {
+		// Of a change that was interrupted; see tryParent and openAccess.
+		x.links[peerEnd(n.rec.ID)], x.links[ownLink(n.rec.ID)] = true, true
 		s := d.networkState(n)
 		s.Add(n.remote)
 		x.add(s)
@@ -214,8 +212,9 @@ func (d *Driver) commonLocked(s datapath.State) datapath.State {
 // leaveUnclaimed ends what an endpoint without a record has: the engine has stopped
 // its container.
 func (d *Driver) leaveUnclaimed(ctx context.Context, endpointID string) error {
+	x := names{links: map[string]bool{hostEnd(endpointID): true, peerEnd(endpointID): true}}
 	d.mu.Lock()
-	none := d.unowned.Links() == 0
+	none := x.part(d.unowned, true).Links() == 0
 	d.mu.Unlock()
 	if none {
 		return nil
@@ -223,6 +222,19 @@ func (d *Driver) leaveUnclaimed(ctx context.Context, endpointID string) error {
 	d.change.Lock()
 	defer d.change.Unlock()
 	return d.dropUnclaimed(ctx, hostEnd(endpointID), peerEnd(endpointID))
+}
+
+// deleteUnclaimed ends all of an endpoint without a record. What the engine has
+// just moved back to the host no pass has seen.
+func (d *Driver) deleteUnclaimed(ctx context.Context, endpointID string) error {
+	if err := d.leaveUnclaimed(ctx, endpointID); err != nil {
+		return err
+	}
+	s := datapath.State{Veths: []datapath.Veth{{Name: hostEnd(endpointID)}}}
+	for _, kind := range []string{modeMacvlan, modeIPvlan} {
+		s.Children = append(s.Children, datapath.Child{Name: peerEnd(endpointID), Kind: kind})
+	}
+	return d.kernel.Remove(ctx, s)
 }
 
 // ForgetUnclaimed removes everything that no record names, and says how much it was.

@@ -14,12 +14,15 @@ import (
 
 // lose is the plugin removed by force and installed again: the kernel stays, the
 // records are gone.
-func (r *rig) lose() {
+func (r *rig) lose() { r.loseOf(map[string]**store.Bolt{"weft.db": &r.nets, "run.db": &r.eps}) }
+
+// loseOf loses some of the stores.
+func (r *rig) loseOf(stores map[string]**store.Bolt) {
 	r.t.Helper()
 	r.stop()
 	r.kernel.die()
 	dir := r.t.TempDir()
-	for name, s := range map[string]**store.Bolt{"weft.db": &r.nets, "run.db": &r.eps} {
+	for name, s := range stores {
 		b, err := store.Open(filepath.Join(dir, name), store.Options{NoSync: true}) // in use until the rig's own end
 		if err != nil {
 			r.t.Fatal(err)
@@ -93,6 +96,107 @@ func TestStateLostPort(t *testing.T) {
 	r.must("Join", joinBody(net1, ep1))
 	r.kernel.moveIn(veth1)
 	r.must("ProgramExternalConnectivity", program(net1, ep1, binding(6, 80, "", 8080, 8080)))
+	r.idle()
+}
+
+// The networks' records are on the disk, those of their endpoints are not.
+func TestNetworksLost(t *testing.T) {
+	r := newRunningRig(t)
+	want := r.kernel.text()
+	r.loseOf(map[string]**store.Bolt{"weft.db": &r.nets})
+	r.idle()
+	if got := r.kernel.text(); got != want {
+		t.Errorf("the kernel was changed: %s", cmp.Diff(want, got))
+	}
+	if n := r.warned("in no record of ours"); n != 1 {
+		t.Errorf("said %d times", n)
+	}
+	r.restart()
+	if got := r.kernel.text(); got != want {
+		t.Errorf("the kernel was changed by a restart: %s", cmp.Diff(want, got))
+	}
+	r.must("Leave", ids(net1, ep1))
+	r.must("DeleteEndpoint", ids(net1, ep1))
+	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+	r.must("DeleteNetwork", `{"NetworkID":"`+net2+`"}`)
+	r.idle()
+	r.empty()
+}
+
+// The sub-interface of a container without a record is seen only when the engine
+// has moved it back to the host.
+func TestStateLostOnLAN(t *testing.T) {
+	for name, lose := range map[string]func(*rig){
+		"all":       (*rig).lose,
+		"networks":  func(r *rig) { r.loseOf(map[string]**store.Bolt{"weft.db": &r.nets}) },
+		"endpoints": func(r *rig) { r.loseOf(map[string]**store.Bolt{"run.db": &r.eps}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := newRig(t)
+			r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"eth0"}`))
+			r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
+			r.must("Join", joinBody(net1, ep1))
+			r.kernel.carry(t, child1)
+			lose(r)
+			r.idle()
+			r.must("Leave", ids(net1, ep1))
+			r.kernel.carryBack(child1)
+			r.must("DeleteEndpoint", ids(net1, ep1))
+			r.idle()
+			if got := r.kernel.text(); strings.Contains(got, child1) {
+				t.Errorf("left of the endpoint:\n%s", got)
+			}
+			r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+			r.empty()
+		})
+	}
+}
+
+// Containers with records do not wait for networks that come and go.
+func TestLeaveBesideUnclaimed(t *testing.T) {
+	r := newRunningRig(t)
+	r.lose()
+	third := strings.Repeat("9", 64)
+	r.must("CreateNetwork", createNetwork(third, "10.9.0.0/24", ""))
+	r.must("CreateEndpoint", createEndpoint(third, ep2, "10.9.0.2/24", ""))
+	r.must("Join", joinBody(third, ep2))
+	r.d.change.Lock()
+	_, err := r.call("Leave", ids(third, ep2))
+	r.d.change.Unlock()
+	if err != nil {
+		t.Error(err)
+	}
+	r.must("DeleteEndpoint", ids(third, ep2))
+}
+
+// A sub-interface that was made to try the parent and could not be removed is no
+// container's.
+func TestTrialLeft(t *testing.T) {
+	const steps = 5 // of CreateNetwork
+	for k := 1; k <= steps; k++ {
+		r := newRig(t)
+		r.faults.arm(k, true)
+		r.faults.dead = true
+		r.refused("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"eth0.10"}`), "fault")
+		r.faults.arm(0, false)
+		r.reconcile()
+		r.idle()
+		r.empty()
+		if s, err := r.d.Status(t.Context()); err != nil || len(s.Unclaimed) > 0 {
+			t.Errorf("step %d: unclaimed %q, %v", k, s.Unclaimed, err)
+		}
+	}
+}
+
+// The same of the host's own sub-interface, which the first published port needs.
+func TestAccessLeft(t *testing.T) {
+	r := newRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"eth0"}`))
+	own := ownLink(net1)
+	r.kernel.children[own] = datapath.Child{Name: own, Parent: "eth0", Kind: modeMacvlan, Stays: true}
+	if lines := r.reconcile(); len(lines) != 1 || !strings.Contains(lines[0], own) {
+		t.Errorf("changed %q", lines)
+	}
 	r.idle()
 }
 
