@@ -240,7 +240,10 @@ func (d *Driver) deleteUnclaimed(ctx context.Context, endpointID string) error {
 // ForgetUnclaimed removes everything that no record names, and says how much it was.
 func (d *Driver) ForgetUnclaimed(ctx context.Context) (string, error) {
 	if _, err := d.Reconcile(ctx); err != nil {
-		return "", err
+		// Other trouble is no reason to keep it; Run and the status tell that.
+		if _, err := d.kernel.Owned(ctx); err != nil {
+			return "", fmt.Errorf("read the kernel: %w", err)
+		}
 	}
 	d.change.Lock()
 	defer d.change.Unlock()
@@ -278,12 +281,12 @@ func (d *Driver) Forget(ctx context.Context, id string) (done string, subnets []
 		return "", nil, fmt.Errorf("%d networks begin with %s: give more of the ID", len(found), id)
 	}
 	n := found[0]
+	n.mu.Lock() // before the look: no container comes after it
+	defer n.mu.Unlock()
 	have, err := d.kernel.Owned(ctx)
 	if err != nil {
 		return "", nil, err
 	}
-	n.mu.Lock()
-	defer n.mu.Unlock()
 	d.mu.Lock()
 	users := 0
 	for _, e := range n.endpoints {

@@ -1,10 +1,12 @@
 package driver
 
 import (
+	"errors"
 	"net/netip"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
@@ -268,6 +270,51 @@ func TestStateOld(t *testing.T) {
 	}
 	if done, err := r.d.ForgetUnclaimed(t.Context()); err != nil || !strings.Contains(done, "1 links") {
 		t.Errorf("%q, %v", done, err)
+	}
+}
+
+// Trouble elsewhere is no reason to keep what is unclaimed; a kernel that cannot be
+// read is.
+func TestForgetUnclaimedInTrouble(t *testing.T) {
+	r := newRunningRig(t)
+	r.lose()
+	r.kernel.foreign["br0"] = true
+	r.must("CreateNetwork", createNetwork(strings.Repeat("9", 64), "10.9.0.0/24", `{"bridge":"br0"}`))
+	r.kernel.foreign["br0"] = false
+	r.kernel.broken = errors.New("no such kernel")
+	if done, err := r.d.ForgetUnclaimed(t.Context()); err == nil || !strings.Contains(err.Error(), "no such kernel") {
+		t.Errorf("%q, %v", done, err)
+	}
+	r.kernel.broken = nil
+	if done, err := r.d.ForgetUnclaimed(t.Context()); err != nil || !strings.Contains(done, "3 links") {
+		t.Errorf("%q, %v", done, err)
+	}
+	if got := r.kernel.text(); strings.Contains(got, "wf") || !strings.Contains(got, "iptables hook") {
+		t.Errorf("there is\n%s", got)
+	}
+	r.kernel.foreign["br0"] = true
+}
+
+// A container that starts while its network is being forgotten is seen.
+func TestForgetNetworkInUse(t *testing.T) {
+	r := newRunningRig(t)
+	n, unlock := r.d.find(net2)
+	done := make(chan error)
+	go func() {
+		_, _, err := r.d.Forget(t.Context(), net2)
+		done <- err
+	}()
+	for r.d.change.TryLock() { // until Forget has it
+		r.d.change.Unlock()
+	}
+	time.Sleep(20 * time.Millisecond) // it waits for the endpoint now
+	err := r.d.createEndpoint(t.Context(), n, Endpoint{Version: recordVersion, ID: ep2, Network: net2, Addrs: []netip.Prefix{netip.MustParsePrefix("10.2.0.2/24")}})
+	unlock()
+	if err != nil {
+		t.Error(err)
+	}
+	if err := <-done; err == nil || !strings.Contains(err.Error(), "1 running containers") {
+		t.Errorf("forgotten: %v", err)
 	}
 }
 
