@@ -305,16 +305,14 @@ func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]
 }
 
 // ForgetPool drops the pools of this host with a subnet, and all their addresses:
-// their network was forgotten, and the engine will not release them.
-func (i *IPAM) ForgetPool(ctx context.Context, prefix netip.Prefix) error {
+// their network was forgotten, and the engine will not release them. They stay, and
+// stays is true, as long as another network has that subnet, as two of one LAN may:
+// which of them a pool is of nobody says. What cannot be dropped now Run drops, as
+// a second order would find no network.
+func (i *IPAM) ForgetPool(ctx context.Context, prefix netip.Prefix) (stays bool, err error) {
 	if err := i.ready(); err != nil {
-		return err
+		return false, err
 	}
-	release, err := i.change(ctx)
-	if err != nil {
-		return err
-	}
-	defer release()
 	i.mu.RLock()
 	var list []*pool
 	for k, p := range i.pools {
@@ -323,12 +321,29 @@ func (i *IPAM) ForgetPool(ctx context.Context, prefix netip.Prefix) error {
 		}
 	}
 	i.mu.RUnlock()
+	_, stays = i.used(prefix)
 	for _, p := range list {
-		if err := i.drop(ctx, p); err != nil {
-			return err
+		p.mu.Lock()
+		// One that is not used from now on is for the next network with the subnet.
+		p.releasing, p.adoptable = p.releasing || !stays, stays
+		p.mu.Unlock()
+	}
+	if stays {
+		return len(list) > 0, nil
+	}
+	release, err := i.change(ctx)
+	if err == nil {
+		defer release()
+	}
+	for _, p := range list {
+		if err == nil {
+			err = i.drop(ctx, p)
+		}
+		if err != nil {
+			i.later(cleanup{pool: p})
 		}
 	}
-	return nil
+	return false, err
 }
 
 // strandedAfter is how long an address may be granted without an endpoint that

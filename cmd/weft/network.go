@@ -59,8 +59,12 @@ func (d *daemon) network(ctx context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	for _, s := range subnets {
-		if err := p.ipam.ForgetPool(ctx, s); err != nil {
-			return nil, err
+		stays, err := p.ipam.ForgetPool(ctx, s)
+		switch {
+		case err != nil: // the network is gone all the same, and could not be named again
+			done += fmt.Sprintf("; its subnet %s could not be freed yet and is tried again: %v", s, err)
+		case stays:
+			done += fmt.Sprintf("; the addresses of %s stay taken, because another network has that subnet: `weft address release -stranded` frees those that no container has", s)
 		}
 	}
 	return done, nil

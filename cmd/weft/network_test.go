@@ -49,6 +49,36 @@ func TestForgetNetwork(t *testing.T) {
 	p.stop(t)
 }
 
+// TestForgetOneOfTwo: of two networks of a LAN that have the same subnet one is
+// forgotten; the other's addresses stay taken.
+func TestForgetOneOfTwo(t *testing.T) {
+	ns := netnstest.Enter(t)
+	ns.Exec("sh", "-ec", "ip link add lan0 type bridge; ip link set lan0 up")
+	p := serveIn(t)
+	const mine, others = "aa", "bb" // weft hands out addresses for the one, another driver for the other
+	p.must(t, "IpamDriver.RequestPool", `{"AddressSpace":"weft-local","Pool":"10.7.0.0/24"}`)
+	p.must(t, "IpamDriver.RequestAddress", `{"PoolID":"weft-local,10.7.0.0/24","Address":"10.7.0.9"}`)
+	for n, digits := range []string{mine, others} {
+		p.must(t, "NetworkDriver.CreateNetwork", fmt.Sprintf(`{"NetworkID":%q,"Options":{"com.docker.network.generic":{"mode":"macvlan","parent":"lan0"}},`+
+			`"IPv4Data":[{"Pool":"10.7.0.0/24","Gateway":"10.7.0.%d/24"}]}`, strings.Repeat(digits, 32), n+1))
+	}
+	forget := func(digits, want string) {
+		t.Helper()
+		if code, out, errs := weft(t, t.TempDir(), "network", "forget", digits, "-socket", filepath.Join(p.dir, adminSocket)); code != 0 || !strings.Contains(out, want) {
+			t.Errorf("forget %s: exit %d, %s%s; want %q", digits, code, out, errs, want)
+		}
+	}
+	forget(others, "addresses of 10.7.0.0/24 stay taken, because another network has that subnet")
+	if d := p.status(t); len(d.Pools) != 1 || d.Pools[0].Used != 1 {
+		t.Errorf("pools %+v, want the one of the network that is left", d.Pools)
+	}
+	forget(mine, "is forgotten")
+	if d := p.status(t); len(d.Pools) != 0 {
+		t.Errorf("left %+v", d.Pools)
+	}
+	p.stop(t)
+}
+
 // TestUninstall removes what a plugin left that is gone, and nothing while one runs.
 func TestUninstall(t *testing.T) {
 	ns := netnstest.Enter(t)
