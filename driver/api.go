@@ -366,6 +366,9 @@ func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin
 		if err := d.arrive(ctx, n, e); err != nil {
 			return err
 		}
+		if err := d.expose(ctx, n, e, req.Options); err != nil {
+			return err
+		}
 		d.mu.Lock()
 		e.joined, e.sandbox = true, req.SandboxKey
 		d.mu.Unlock()

@@ -331,18 +331,41 @@ func (d *Driver) program(ctx context.Context, n *network, e *endpoint, options m
 	return d.become(ctx, n, e, rec)
 }
 
-// revoke takes the published ports back.
-func (d *Driver) revoke(ctx context.Context, n *network, e *endpoint) error {
-	if !e.rec.Programmed && len(e.rec.Ports) == 0 {
+// expose opens the published ports that need no host port, in gateway mode routed,
+// whether or not the endpoint is the container's way out.
+func (d *Driver) expose(ctx context.Context, n *network, e *endpoint, options map[string]any) error {
+	if n.rec.Options.Egress != EgressDriver || n.rec.onParent() || e.rec.Programmed {
 		return nil
 	}
-	if s := published(e.rec.Ports, n.rec.Options.Trusted); !s.Empty() && !e.gone {
+	wishes, err := parseWishes(n.rec, e.rec, options)
+	if err != nil {
+		return err
+	}
+	fresh := extra(direct(wishes), e.rec.Ports)
+	if len(fresh) == 0 {
+		return nil
+	}
+	rec := e.rec
+	rec.Ports = slices.Concat(e.rec.Ports, fresh)
+	return d.become(ctx, n, e, rec)
+}
+
+// revoke takes the host ports back. What is open at the container's own address
+// stays so.
+func (d *Driver) revoke(ctx context.Context, n *network, e *endpoint) error {
+	stay := filter(e.rec.Ports, func(p PublishedPort) bool { return !p.Host.IsValid() })
+	gone := extra(e.rec.Ports, stay)
+	if !e.rec.Programmed && len(gone) == 0 {
+		return nil
+	}
+	have, want := published(e.rec.Ports, n.rec.Options.Trusted), published(stay, n.rec.Options.Trusted)
+	if s := without(have, want); !s.Empty() && !e.gone {
 		if err := d.kernel.Remove(ctx, s); err != nil {
 			return err
 		}
 	}
 	rec := e.rec
-	rec.Programmed, rec.Ports = false, nil
+	rec.Programmed, rec.Ports = false, stay
 	return d.settle(ctx, e, rec)
 }
 

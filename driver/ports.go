@@ -170,6 +170,20 @@ func (d *Driver) tellRouted(e Endpoint, wishes []wish) {
 	}
 }
 
+// direct are the ports that are open at the container's own address. They need no
+// host port, and so not the engine's choice of one network for the way out either.
+func direct(wishes []wish) []PublishedPort {
+	var ports []PublishedPort
+	for _, w := range wishes {
+		for _, p := range w.under(0) {
+			if !p.Host.IsValid() {
+				ports = append(ports, p)
+			}
+		}
+	}
+	return ports
+}
+
 // freedom is how many ports would do.
 func (w wish) freedom() int {
 	if w.first == 0 {

@@ -127,3 +127,30 @@ func TestTooManyPorts(t *testing.T) {
 }
 
 func next(a netip.AddrPort) netip.AddrPort { return netip.AddrPortFrom(a.Addr(), a.Port()+1) }
+
+// In gateway mode routed the published ports are open at the container's own
+// address, also where another of its networks is its way out.
+func TestRoutedPortsWithoutTheWayOut(t *testing.T) {
+	r := newPortsRig(t, `{"com.docker.network.bridge.gateway_mode_ipv4":"routed"}`)
+	body := strings.Replace(program(net1, ep1, binding(6, 80, "", 8080, 8080)), `"Options"`, `"SandboxKey":"/var/run/docker/netns/0123456789ab","Options"`, 1)
+	open := func(want bool) {
+		t.Helper()
+		if got := strings.Contains(r.kernel.text(), "exposed { 10.1.0.2/32 . tcp . 80 }"); got != want {
+			t.Errorf("port open: %t, want %t\n%s", got, want, r.kernel.text())
+		}
+	}
+	for range 2 { // the engine may repeat it
+		r.must("Join", body)
+		open(true)
+		r.idle()
+	}
+	r.restart()
+	open(true)
+	r.must("ProgramExternalConnectivity", body) // now it is
+	r.must("RevokeExternalConnectivity", ids(net1, ep1))
+	open(true)
+	r.idle()
+	r.must("Leave", ids(net1, ep1))
+	open(false)
+	r.idle()
+}

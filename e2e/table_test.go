@@ -16,6 +16,7 @@ const (
 	net1, net1v6 = "10.201.0.0/24", "fd00:201::/64"
 	net2, net2v6 = "10.202.0.0/24", "fd00:202::/64"
 	net3         = "10.203.0.0/24"
+	net4         = "10.204.0.0/24"
 )
 
 // Reasons that several differences share.
@@ -98,6 +99,7 @@ func publishGroup() group {
 			w.network("net1", "--subnet", net1)
 			w.network("net2", "--subnet", net2)
 			w.foreign("bridged", "--subnet", net3)
+			w.foreign("inside", "--subnet", net4, "--internal")
 			w.all(
 				func() {
 					w.run("alpha", append([]string{"--network", "net1", "-p", "8080:80", "-p", "8053:53/udp", "-p", "8000-8003:8000-8003",
@@ -107,6 +109,7 @@ func publishGroup() group {
 				func() { w.run("beta", "--network", "net1") },
 				func() { w.run("other", "--network", "net2", "-p", "8090:80") },
 				func() { w.run("third", "--network", "bridged", "-p", "8091:80") },
+				func() { w.run("sealed", "--network", "inside") },
 			)
 		},
 		probes: []probe{
@@ -139,6 +142,7 @@ func publishGroup() group {
 				differs: map[int]string{0: "alpha sees gw.net1"}, why: proxied},
 			{name: "from another network, host IP 127.0.0.1", ask: dial("other", "tcp", "host:8081"), want: "refused"},
 			{name: "from a built-in network by the host's address", ask: dial("third", "tcp", "host:8080"), want: "alpha sees gw.net1"},
+			{name: "from an internal built-in network by its gateway's address", ask: dial("sealed", "tcp", "gw.inside:8080"), want: "timeout"},
 			{name: "to a built-in network's port by the host's address", ask: dial("alpha", "tcp", "host:8091"), want: "third sees gw.bridged"},
 			{name: "from another network, port and container address", ask: dial("other", "tcp", "alpha:80"), want: "timeout"},
 		},
@@ -648,13 +652,26 @@ func modeTable() []group {
 			name: "mode routed", builtinSince: 28,
 			setup: func(w *world) {
 				w.network("net1", "--subnet", net1, "-o", modeOption+"routed")
-				w.run("alpha", append([]string{"--network", "net1", "-p", "8080:80"}, servers("tcp:80", "tcp:81")...)...)
+				w.network("net2", "--subnet", net2)
+				w.foreign("bridged", "--subnet", net3)
+				w.all(
+					func() {
+						w.run("alpha", append([]string{"--network", "net1", "-p", "8080:80"}, servers("tcp:80", "tcp:81")...)...)
+					},
+					func() { w.run("other", "--network", "net2") },
+					func() { w.run("third", "--network", "bridged") },
+				)
 			},
 			probes: []probe{
 				{name: "published port at the container's address", ask: dial("client", "tcp", "alpha:80"), want: "alpha sees client"},
 				{name: "other port at the container's address", ask: dial("client", "tcp", "alpha:81"), want: "timeout"},
 				{name: "published port at the host's address", ask: dial("client", "tcp", "host:8080"), want: "refused"},
 				{name: "ping from outside", ask: ping("client", "alpha"), want: "answer"},
+				{name: "published port, from another network", ask: dial("other", "tcp", "alpha:80"), want: "alpha sees other",
+					differs: map[int]string{28: "alpha sees gw.net1"}, why: "the built-in bridge translates what goes to another network"},
+				{name: "other port, from another network", ask: dial("other", "tcp", "alpha:81"), want: "timeout"},
+				{name: "ping from another network", ask: ping("other", "alpha"), want: "answer"},
+				{name: "published port, from a built-in bridge network", ask: dial("third", "tcp", "alpha:80"), want: "alpha sees gw.net1"},
 				{name: "to outside", ask: dial("alpha", "tcp", "client:7000"), want: "client sees alpha"},
 			},
 		},
@@ -670,7 +687,8 @@ func modeTable() []group {
 				{name: "any port at the container's address", ask: dial("client", "tcp", "alpha:81"), want: "alpha sees client"},
 				{name: "published port at the host's address", ask: dial("client", "tcp", "host:8080"), want: "alpha sees client"},
 				{name: "to outside", ask: dial("alpha", "tcp", "client:7000"), want: "client sees host"},
-				{name: "from another network", ask: dial("other", "tcp", "alpha:81"), want: "timeout"},
+				{name: "from another network", ask: dial("other", "tcp", "alpha:81"), want: "alpha sees other",
+					differs: map[int]string{28: "timeout"}, why: "open to the LAN is open to the other networks of the host too"},
 			},
 		},
 		{

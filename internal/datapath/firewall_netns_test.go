@@ -395,7 +395,7 @@ func TestFirewallListing(t *testing.T) {
 		"iifname @bridges iifname != @internal iifname . iifname != @pass return",
 		"iifname . oifname @pass goto ok",
 		"oifname . ip6 daddr @attached6 goto ok",
-		`meta iifkind "bridge" iifname != @uplinks drop`,
+		`meta iifkind "bridge" iifname != @uplinks accept`,
 		"ct state established,related goto ok",
 		"ct status dnat ip saddr . oifname @hairpin4 masquerade",
 		"ip6 daddr . meta l4proto . th dport @exposed6 goto ok",

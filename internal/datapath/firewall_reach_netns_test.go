@@ -36,10 +36,13 @@ var reach = []probe{
 	{"a1", "a2:8080", "a2:8080 a1"},
 	{"a1", "b1:8080", ""},
 	{"b1", "a1:8080", ""},
-	{"a1", "o1:8080", ""}, // open to the outside, not to other networks
-	{"a1", "r1:8080", ""},
+	{"a1", "o1:8080", "o1:8080 a1"}, // open to the outside, other networks included
+	{"a1", "r1:8080", "r1:8080 a1"},
+	{"a1", "r1:8081", ""},
+	{"i1", "o1:8080", ""},
+	{"c1", "o1:8080", ""}, // ICC off: kept in
 	{"e1", "a1:8080", ""},
-	{"e1", "o1:8080", ""},
+	{"e1", "o1:8080", "o1:8080"},
 	{"c1", "c2:8080", ""},
 	{"i1", "i2:8080", "i2:8080 i1"},
 	{"i1", "a1:8080", ""},
@@ -72,6 +75,7 @@ var reachEngine = []probe{
 	{"a1", "e1:8081", ""},
 	{"n1", "host:80", ""}, // the engine's internal network
 	{"n1", "out:8080", ""},
+	{"n1", "o1:8080", ""},
 	{"out", "far:8080", ""},
 }
 
@@ -107,7 +111,8 @@ func TestReach(t *testing.T) {
 					{"out", "a1"}: false,
 					{"a1", "out"}: true,
 					{"a1", "b1"}:  false,
-					{"e1", "r1"}:  false,
+					{"e1", "r1"}:  true,
+					{"a1", "r1"}:  true,
 				})
 			})
 		}

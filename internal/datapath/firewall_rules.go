@@ -237,11 +237,11 @@ func toBridge() []rule {
 	rs := []rule{
 		in("to_bridge", ctBits(expr.CtKeySTATE, expr.CtStateBitESTABLISHED|expr.CtStateBitRELATED), goTo("ok")),
 		in("to_bridge", ctBits(expr.CtKeySTATUS, ctStatusDNAT), goTo("ok")),
-		// Another network of ours, or the same one without ICC.
-		in("to_bridge", isIn("bridges", iif), drop()),
-		// A network of somebody else, the engine for one.
-		in("to_bridge", isBridge(metaIIFKind), isNotIn("uplinks", iif), drop()),
+		// From a network without ICC to itself; to others it is kept in as well.
+		in("to_bridge", isIn("bridges", iif), isNotIn("pass", iif, iif), drop()),
 	}
+	// What follows is open to everybody, other networks on this host included. Where
+	// those are somebody else's, the engine for one, he decides first (see hook).
 	for _, v6 := range families {
 		icmp, echo := byte(unix.IPPROTO_ICMP), byte(8)
 		if v6 {
