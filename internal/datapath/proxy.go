@@ -59,7 +59,7 @@ type service struct {
 // families goes to to4.
 func (p *proxy) start(ctx context.Context, sock io.Closer, to, to4 netip.AddrPort) (*service, error) {
 	var raw syscall.RawConn
-	var ready func()
+	var ready func() time.Duration
 	s := &service{}
 	var err error
 	switch sock := sock.(type) {
@@ -75,7 +75,11 @@ func (p *proxy) start(ctx context.Context, sock io.Closer, to, to4 netip.AddrPor
 		if err != nil {
 			return nil, err
 		}
-		raw, ready, s.end = u.raw, u.ready, u.end
+		raw, s.end = u.raw, u.end
+		ready = func() time.Duration {
+			u.ready()
+			return 0
+		}
 	default:
 		return nil, nil
 	}
@@ -122,15 +126,15 @@ func (t *tcpProxy) end() {
 
 // ready accepts a few of the connections that wait, so that other ports have
 // their turn.
-func (t *tcpProxy) ready() {
+func (t *tcpProxy) ready() (pause time.Duration) {
 	for range 16 {
 		client, err := t.accept()
 		if err != nil && !errors.Is(err, unix.EAGAIN) {
 			t.seldom.warn(t.log.WithError(err).WithField("container", t.to.String()), "accept for a published port")
-			<-time.After(acceptPause)
+			return acceptPause
 		}
 		if err != nil {
-			return
+			return 0
 		}
 		if !t.files.take(tcpFiles, &t.open) {
 			t.seldom.warn(t.log.WithField("container", t.to.String()), "published port: too many connections at once, refused")
@@ -146,6 +150,7 @@ func (t *tcpProxy) ready() {
 			t.passTCP(t.ctx, client, to)
 		})
 	}
+	return 0
 }
 
 func (t *tcpProxy) accept() (client *net.TCPConn, err error) {

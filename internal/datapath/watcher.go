@@ -6,6 +6,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -13,7 +14,8 @@ import (
 // watcher calls back when something arrives at one of its sockets, all from one
 // goroutine: there may be ten thousand held ports, and hardly anything ever
 // arrives at one of them, because what can be translated is. It has a goroutine
-// only while it has a socket. A callback must not block.
+// only while it has a socket. A callback must not block: what it returns is how
+// long it is not to be called again.
 type watcher struct {
 	mu   sync.Mutex
 	loop *loop // nil without sockets
@@ -31,12 +33,12 @@ type loop struct {
 type watched struct {
 	mu   sync.Mutex // held during the callback
 	gone bool
-	call func()
+	call func() time.Duration
 }
 
 // add has call called while there is something to read. After unwatch returned
 // it is not running and not called again; the socket is to be closed after.
-func (w *watcher) add(c syscall.RawConn, call func()) (unwatch func(), err error) {
+func (w *watcher) add(c syscall.RawConn, call func() time.Duration) (unwatch func(), err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	if w.loop == nil {
@@ -51,7 +53,7 @@ func (w *watcher) add(c syscall.RawConn, call func()) (unwatch func(), err error
 		l.mu.Lock()
 		l.watched[fd] = x
 		l.mu.Unlock()
-		err = l.control(unix.EPOLL_CTL_ADD, fd)
+		err = l.control(unix.EPOLL_CTL_ADD, fd, unix.EPOLLIN)
 	})
 	if err = errors.Join(cerr, err); err != nil {
 		w.removeLocked(l, fd, x)
@@ -59,7 +61,7 @@ func (w *watcher) add(c syscall.RawConn, call func()) (unwatch func(), err error
 	}
 	return func() {
 		// The number is this socket's until it is closed.
-		_ = c.Control(func(uintptr) { _ = l.control(unix.EPOLL_CTL_DEL, fd) })
+		_ = c.Control(func(uintptr) { _ = l.control(unix.EPOLL_CTL_DEL, fd, 0) })
 		w.mu.Lock()
 		defer w.mu.Unlock()
 		w.removeLocked(l, fd, x)
@@ -100,13 +102,13 @@ func newLoop() (*loop, error) {
 	return l, nil
 }
 
-func (l *loop) control(op int, fd int32) error {
+func (l *loop) control(op int, fd int32, events uint32) error {
 	raw, err := l.epoll.SyscallConn()
 	if err != nil {
 		return err
 	}
 	cerr := raw.Control(func(ep uintptr) {
-		err = unix.EpollCtl(int(ep), op, int(fd), &unix.EpollEvent{Events: unix.EPOLLIN, Fd: fd})
+		err = unix.EpollCtl(int(ep), op, int(fd), &unix.EpollEvent{Events: events, Fd: fd})
 	})
 	return errors.Join(cerr, os.NewSyscallError("epoll_ctl", err))
 }
@@ -129,16 +131,29 @@ func (l *loop) run(raw syscall.RawConn) {
 			x := l.watched[e.Fd]
 			l.mu.Unlock()
 			if x != nil {
-				x.run()
+				l.call(e.Fd, x)
 			}
 		}
 	}
 }
 
-func (x *watched) run() {
+func (l *loop) call(fd int32, x *watched) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
-	if !x.gone {
-		x.call()
+	if x.gone {
+		return
 	}
+	pause := x.call()
+	if pause == 0 {
+		return
+	}
+	// It stays in epoll, without events: to add it again could fail.
+	_ = l.control(unix.EPOLL_CTL_MOD, fd, 0)
+	time.AfterFunc(pause, func() {
+		x.mu.Lock()
+		defer x.mu.Unlock()
+		if !x.gone { // or the number may be another's
+			_ = l.control(unix.EPOLL_CTL_MOD, fd, unix.EPOLLIN)
+		}
+	})
 }
