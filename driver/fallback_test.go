@@ -5,6 +5,7 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
 )
 
 const ep6 = "e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6"
@@ -19,6 +20,11 @@ func newTwoFamiliesRig(t *testing.T) *rig {
 	r.must("ProgramExternalConnectivity", program(net1, ep1, binding(6, 80, "", 8080, 8080)))
 	r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80", "tcp [::]:8080 to 10.1.0.2:80")
 	return r
+}
+
+// withoutIPv6 is a call that says that another endpoint is the way out for IPv6.
+func withoutIPv6(call string) string {
+	return strings.Replace(call, `"Options":{`, `"Options":{"`+optionNoProxy6To4+`":true,`, 1)
 }
 
 func (r *rig) joinSixth(sandbox string) {
@@ -92,7 +98,7 @@ func TestFallbackAfterTheNetwork(t *testing.T) {
 // Engine 28 calls for the first endpoint again, and says that IPv6 is not its.
 func TestFallbackIsWithdrawn(t *testing.T) {
 	r := newTwoFamiliesRig(t)
-	r.must("ProgramExternalConnectivity", strings.Replace(program(net1, ep1, binding(6, 80, "", 8080, 8080)), `"Options":{`, `"Options":{"`+optionNoProxy6To4+`":true,`, 1))
+	r.must("ProgramExternalConnectivity", withoutIPv6(program(net1, ep1, binding(6, 80, "", 8080, 8080))))
 	r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80")
 	r.joinSixth(sandboxKey)
 	r.must("ProgramExternalConnectivity", program(net2, ep6, binding(6, 80, "", 8080, 8080)))
@@ -116,4 +122,98 @@ func TestFallbackOfAnotherContainer(t *testing.T) {
 	r.refused("ProgramExternalConnectivity", program(net2, ep6, binding(6, 80, "", 8080, 8080), binding(6, 90, "::", 9000, 9000)), "port 90/tcp", "in use")
 	r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80", "tcp [::]:8080 to 10.1.0.2:80")
 	r.idle()
+}
+
+// An endpoint with both families leaves the host's IPv6 ports to another one that
+// becomes the way out for IPv6, as engine 29 tells it, and has them again after.
+func TestOwnIPv6PortsAreLeft(t *testing.T) {
+	r := newRig(t)
+	r.must("CreateNetwork", createDual(""))
+	r.must("CreateNetwork", `{"NetworkID":"`+net2+`","Options":{"com.docker.network.enable_ipv4":false,"com.docker.network.enable_ipv6":true,"com.docker.network.generic":{}},`+
+		`"IPv4Data":[],"IPv6Data":[{"AddressSpace":"local","Pool":"fd00:2::/64","Gateway":"fd00:2::1/64","AuxAddresses":{}}]}`)
+	r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", "fd00:1::2/64"))
+	r.must("Join", joinBody(net1, ep1))
+	r.kernel.moveIn(veth1)
+	port := binding(6, 80, "", 8080, 8080)
+	r.must("ProgramExternalConnectivity", program(net1, ep1, port))
+	r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80", "tcp [::]:8080 to [fd00:1::2]:80")
+	r.joinSixth(sandboxKey)
+	r.must("ProgramExternalConnectivity", withoutIPv6(program(net1, ep1, port)))
+	r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80")
+	r.must("ProgramExternalConnectivity", withoutIPv6(program(net2, ep6, port))) // with the option as engine 28 calls
+	r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80", "tcp [::]:8080 to [fd00:2::2]:80")
+	r.idle()
+	r.must("RevokeExternalConnectivity", ids(net2, ep6))
+	r.must("Leave", ids(net2, ep6))
+	r.must("ProgramExternalConnectivity", program(net1, ep1, port))
+	r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80", "tcp [::]:8080 to [fd00:1::2]:80")
+}
+
+// A taking and a giving back that come together end in what was decided last, in
+// whatever order they get the endpoint.
+func TestFallbackTakenWhileGivenBack(t *testing.T) {
+	start := func(t *testing.T) (r *rig, e *endpoint, f *fallback) {
+		r = newTwoFamiliesRig(t)
+		r.joinSixth(sandboxKey)
+		r.d.mu.Lock()
+		defer r.d.mu.Unlock()
+		return r, r.d.networks[net1].endpoints[ep1], r.d.fallbacks[sandboxKey]
+	}
+	until := func(t *testing.T, r *rig, f *fallback, taker string) {
+		t.Helper()
+		for range 10000 {
+			r.d.mu.Lock()
+			done := f.taker == taker
+			r.d.mu.Unlock()
+			if done {
+				return
+			}
+			time.Sleep(time.Millisecond)
+		}
+		t.Fatalf("taker is not %q", taker)
+	}
+	decide := func(r *rig, f *fallback, taker string) {
+		r.d.mu.Lock()
+		defer r.d.mu.Unlock()
+		f.taker, f.e.yields = taker, taker != ""
+	}
+	t.Run("given back", func(t *testing.T) {
+		r, e, f := start(t)
+		r.must("ProgramExternalConnectivity", program(net2, ep6, binding(6, 80, "", 8080, 8080)))
+		e.mu.Lock()
+		done := make(chan error, 1)
+		go func() {
+			_, err := r.call("RevokeExternalConnectivity", ids(net2, ep6))
+			done <- err
+		}()
+		until(t, r, f, "")
+		decide(r, f, ep6)
+		e.mu.Unlock()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80")
+		if !e.yields {
+			t.Error("the fallback ports are another's, and wanted")
+		}
+	})
+	t.Run("taken", func(t *testing.T) {
+		r, e, f := start(t)
+		e.mu.Lock()
+		done := make(chan error, 1)
+		go func() {
+			_, err := r.d.takeOver(t.Context(), net2, ep6)
+			done <- err
+		}()
+		until(t, r, f, ep6)
+		decide(r, f, "")
+		e.mu.Unlock()
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		r.wantListening("tcp 0.0.0.0:8080 to 10.1.0.2:80", "tcp [::]:8080 to 10.1.0.2:80")
+		if e.yields {
+			t.Error("the fallback ports are nobody's")
+		}
+	})
 }

@@ -12,7 +12,8 @@ import (
 )
 
 // optionNoProxy6To4 is set when another endpoint of the container is its way
-// out for IPv6: the host's IPv6 ports are that one's.
+// out for IPv6: the host's IPv6 ports are that one's. Engine 28 tells that one too,
+// engine 29 does not.
 const optionNoProxy6To4 = "com.docker.network.driver.private.no_proxy_6to4"
 
 // published is what chosen ports mean in the kernel. From trusted interfaces
@@ -212,6 +213,9 @@ func translate(n Network, e Endpoint, b plugin.PortBinding, f family, no6to4 boo
 		case GatewayIsolated:
 			return target{}, false
 		default:
+			if f == ipv6 && no6to4 && e.addr(ipv4).IsValid() {
+				return target{}, false
+			}
 			return target{host: at, to: netip.AddrPortFrom(to, b.Port)}, true
 		}
 	}
@@ -236,10 +240,17 @@ func (d *Driver) choose(ctx context.Context, have []PublishedPort, wishes []wish
 			ports = append(ports, kept...)
 			continue
 		}
-		fresh, err := d.reserve(ctx, w)
+		kept, rest := w.part(free)
+		fresh, err := d.reserve(ctx, rest)
+		if err != nil && len(kept) > 0 && w.freedom() > 1 {
+			kept = nil
+			fresh, err = d.reserve(ctx, w)
+		}
 		if err != nil {
 			return nil, d.release(ctx, reserved, err)
 		}
+		free = slices.DeleteFunc(free, func(p PublishedPort) bool { return slices.Contains(kept, p) })
+		ports = append(ports, kept...)
 		reserved = append(reserved, fresh...)
 		ports = append(ports, fresh...)
 	}
@@ -261,6 +272,29 @@ func (w wish) find(have []PublishedPort) []PublishedPort {
 		}
 	}
 	return nil
+}
+
+// part is what have fulfils of the wish, and the rest of it, under the same number:
+// the host's ports of one family may have been another endpoint's until now.
+func (w wish) part(have []PublishedPort) (kept []PublishedPort, rest wish) {
+	for _, p := range have {
+		port := p.Host.Port()
+		if !p.Host.IsValid() || w.first != 0 && (port < w.first || port > w.last) {
+			continue
+		}
+		rest = wish{proto: w.proto, first: port, last: port, more: w.more}
+		for i, q := range w.under(port) {
+			if slices.Contains(have, q) {
+				kept = append(kept, q)
+			} else {
+				rest.targets = append(rest.targets, w.targets[i])
+			}
+		}
+		if len(kept) > 0 {
+			return kept, rest
+		}
+	}
+	return nil, w
 }
 
 // findRange is find for a range. Before there were ranges in records its ports

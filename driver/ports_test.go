@@ -139,7 +139,11 @@ func TestHostAddresses(t *testing.T) {
 		{"", "", v4, false, "0.0.0.0->10.1.0.2 ::->10.1.0.2"},
 		{"", "", v4, true, "0.0.0.0->10.1.0.2"},
 		{"", "", v4 + " " + v6, false, "0.0.0.0->10.1.0.2 ::->fd00:1::2"},
+		{"", "", v4 + " " + v6, true, "0.0.0.0->10.1.0.2"},
+		{"", "::", v4 + " " + v6, true, ""},
+		{"com.docker.network.bridge.gateway_mode_ipv6=routed", "", v4 + " " + v6, true, "0.0.0.0->10.1.0.2 direct->fd00:1::2"},
 		{"", "", v6, false, "::->fd00:1::2"},
+		{"", "", v6, true, "::->fd00:1::2"}, // engine 28 says it to the way out for IPv6 too
 		{"", "0.0.0.0", v4 + " " + v6, false, "0.0.0.0->10.1.0.2"},
 		{"", "::", v4 + " " + v6, false, "::->fd00:1::2"},
 		{"", "::", v4, false, "::->10.1.0.2"},
