@@ -175,6 +175,20 @@ func (d *Driver) membersLocked(except *network) (list []datapath.Element) {
 	return list
 }
 
+// wantedMeanwhile makes elements again that went with a network and that another has
+// come to want since they were found to be nobody else's.
+func (d *Driver) wantedMeanwhile(ctx context.Context, gone *network, dropped datapath.State) error {
+	d.mu.Lock()
+	wanted := d.membersLocked(gone)
+	d.mu.Unlock()
+	again := datapath.State{Elements: filter(wanted, func(e datapath.Element) bool { return slices.Contains(dropped.Elements, e) })}
+	if again.Empty() {
+		return nil
+	}
+	_, err := d.kernel.Ensure(ctx, again)
+	return err
+}
+
 // Rehome moves the tunnels of all networks to another address of this host.
 func (d *Driver) Rehome(ctx context.Context, underlay netip.Addr) (err error) {
 	d.mu.Lock()

@@ -241,6 +241,37 @@ func TestFollowSharedMember(t *testing.T) {
 	r.empty()
 }
 
+// What another network comes to want while one that has it goes stays.
+func TestSharedMemberWantedMeanwhile(t *testing.T) {
+	r, c := newSpanningRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	r.must("CreateNetwork", createNetwork(net2, "10.2.0.0/24", `{"mode":"overlay","vni":"4243"}`))
+	member := datapath.Element{Set: datapath.SetMembers, Net: single(netip.MustParseAddr("192.0.2.2")), Port: 4793}
+	c.mu.Lock()
+	c.remote = datapath.State{Elements: []datapath.Element{member}}
+	c.mu.Unlock()
+	if err := r.d.Follow(t.Context(), 4242); err != nil {
+		t.Fatal(err)
+	}
+	followed := false
+	r.kernel.before = func(s datapath.State) {
+		if followed || !slices.Contains(s.Elements, member) {
+			return
+		}
+		followed = true
+		if err := r.d.Follow(t.Context(), 4243); err != nil {
+			t.Error(err)
+		}
+	}
+	r.must("DeleteNetwork", fmt.Sprintf(`{"NetworkID":%q}`, net1))
+	if !followed {
+		t.Error("the member was not to be removed")
+	}
+	r.idle()
+	r.must("DeleteNetwork", fmt.Sprintf(`{"NetworkID":%q}`, net2))
+	r.empty()
+}
+
 // TestRehome is the host's address changing under its tunnels.
 func TestRehome(t *testing.T) {
 	r, c := newSpanningRig(t)

@@ -549,7 +549,11 @@ func (d *Driver) removeNetwork(ctx context.Context, n *network) error {
 	others.Elements = append(others.Elements, d.membersLocked(n)...)
 	others.Add(d.commonLocked(mine))
 	d.mu.Unlock()
-	if err := d.kernel.Remove(ctx, without(mine, others)); err != nil {
+	dropped := without(mine, others)
+	if err := d.kernel.Remove(ctx, dropped); err != nil {
+		return err
+	}
+	if err := d.wantedMeanwhile(ctx, n, dropped); err != nil {
 		return err
 	}
 	if err := d.nets.Delete(ctx, networkKey(n.rec.ID)); err != nil {

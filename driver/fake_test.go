@@ -109,6 +109,7 @@ type fakeKernel struct {
 	wait    func()                  // run in every Remove of a veth
 	made    map[string]int          // how often each veth was made
 	seen    func(s datapath.State)  // told every Ensure
+	before  func(s datapath.State)  // told every Remove, before it
 }
 
 func newFakeKernel(f *faults) *fakeKernel {
@@ -313,6 +314,9 @@ func (k *fakeKernel) Remove(ctx context.Context, s datapath.State) error {
 	early, late := k.faults.step()
 	if early {
 		return errFault
+	}
+	if k.before != nil {
+		k.before(s)
 	}
 	if k.wait != nil && len(s.Veths) > 0 {
 		k.wait()

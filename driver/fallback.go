@@ -107,7 +107,9 @@ func (d *Driver) takeOver(ctx context.Context, networkID, endpointID string) (to
 	in, other := f.e.rec.Network, f.e.rec.ID
 	d.mu.Unlock()
 	return true, d.end(in, other, func(_ *network, e *endpoint) error {
-		d.yield(e, true)
+		if !d.yield(f, endpointID) {
+			return nil
+		}
 		return d.kernel.Remove(ctx, datapath.State{Sockets: e.rec.fallbacks()})
 	})
 }
@@ -124,8 +126,7 @@ func (d *Driver) giveBack(ctx context.Context, endpointID string, sandbox string
 	in, other := f.e.rec.Network, f.e.rec.ID
 	d.mu.Unlock()
 	err := d.end(in, other, func(_ *network, e *endpoint) error {
-		d.yield(e, false)
-		if e.rec.Left || e.gone {
+		if !d.yield(f, "") || e.rec.Left || e.gone {
 			return nil
 		}
 		_, err := d.kernel.Ensure(ctx, datapath.State{Sockets: e.rec.fallbacks()})
@@ -136,11 +137,16 @@ func (d *Driver) giveBack(ctx context.Context, endpointID string, sandbox string
 	}
 }
 
-// yield says whether another endpoint has the fallback ports of e, which is locked.
-func (d *Driver) yield(e *endpoint, on bool) {
+// yield has the endpoint of f, which is locked, go by taker. ok is false if there is
+// another by now: whoever set that comes after, or came before.
+func (d *Driver) yield(f *fallback, taker string) (ok bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	e.yields = on
+	if f.taker != taker {
+		return false
+	}
+	f.e.yields = taker != ""
+	return true
 }
 
 // sandboxOf is the container's, as Join named it.
