@@ -58,19 +58,42 @@ func (s *sockets) partLocked(ctx context.Context, p hostPort, h *held) error {
 	}
 	s.files.hold(1) // rest's
 	if rest.sock != nil {
-		return nil // it goes on with the socket, which holds this family for as long
+		rest.dual = true // it goes on with the socket; see narrowLocked
+		return nil
 	}
 	err := h.close()
-	ctx = context.WithoutCancel(ctx)
-	sock, lerr := listen(ctx, o)
-	if lerr == nil {
-		rest.sock = sock
-		rest.service, lerr = s.proxy.start(ctx, sock, rest.to, rest.to)
-	}
-	if lerr != nil {
-		s.log.WithError(lerr).WithField("port", o.String()).Warn("a published port is not held any more")
-	}
+	s.reopenLocked(ctx, o, rest)
 	return err
+}
+
+// narrowLocked lets go of p, IPv4, where a socket for both families holds it that is
+// in use for IPv6 alone, and reports whether it did. Nobody waits for that when the
+// last of a range goes, family by family.
+func (s *sockets) narrowLocked(ctx context.Context, p hostPort) bool {
+	o := hostPort{p.proto, netip.AddrPortFrom(netip.IPv6Unspecified(), p.addr.Port())}
+	h := s.held[o]
+	if h == nil || !h.dual || !p.addr.Addr().Is4() {
+		return false
+	}
+	if err := h.close(); err != nil {
+		s.log.WithError(err).WithField("port", o.String()).Warn("a published port is held anew")
+	}
+	h.sock, h.service, h.dual = nil, nil, false
+	s.reopenLocked(ctx, o, h)
+	return true
+}
+
+// reopenLocked has h go on with a socket of its own.
+func (s *sockets) reopenLocked(ctx context.Context, p hostPort, h *held) {
+	ctx = context.WithoutCancel(ctx)
+	sock, err := listen(ctx, p)
+	if err == nil {
+		h.sock = sock
+		h.service, err = s.proxy.start(ctx, sock, h.to, h.to)
+	}
+	if err != nil {
+		s.log.WithError(err).WithField("port", p.String()).Warn("a published port is not held any more")
+	}
 }
 
 // listenDual opens a socket for both families.

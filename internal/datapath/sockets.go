@@ -42,7 +42,8 @@ type held struct {
 	sock    io.Closer      // nil where the kernel has no such sockets
 	to      netip.AddrPort // zero while it is only reserved
 	service *service       // nil without a proxy
-	twin    *held          // the other family's, if one socket holds both; see dual
+	twin    *held          // the other family's, if one socket holds both; see dualLocked
+	dual    bool           // the socket holds both, and the other family is nobody's
 }
 
 func (h *held) close() error {
@@ -373,6 +374,9 @@ func (s *sockets) bindLocked(ctx context.Context, p hostPort, both bool) (*held,
 		}
 	}
 	sock, err := listen(ctx, p)
+	if errors.Is(err, unix.EADDRINUSE) && s.narrowLocked(ctx, p) {
+		sock, err = listen(ctx, p)
+	}
 	switch {
 	case err == nil:
 	case errors.Is(err, unix.EADDRINUSE):
