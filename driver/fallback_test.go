@@ -153,6 +153,7 @@ func TestOwnIPv6PortsAreLeft(t *testing.T) {
 // whatever order they get the endpoint.
 func TestFallbackTakenWhileGivenBack(t *testing.T) {
 	start := func(t *testing.T) (r *rig, e *endpoint, f *fallback) {
+		t.Helper()
 		r = newTwoFamiliesRig(t)
 		r.joinSixth(sandboxKey)
 		r.d.mu.Lock()
