@@ -202,8 +202,8 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			}
 			if !searched {
 				p.mu.Unlock()
-				searched = true
-				_, _ = i.freeStranded(ctx, p) // else there is none left
+				freed, err := i.freeStranded(ctx, p, &r) // else there is none left
+				searched = err != nil || len(freed) == 0 // somebody may be quicker
 				continue
 			}
 			defer p.mu.Unlock()
@@ -297,6 +297,7 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) (again b
 			}
 		case b == nil && p.taken.has(r.want) && !p.foreign(r.want):
 			if p.stale.remove(r.want) || shared {
+				p.granted[r.want] = time.Now()
 				p.mu.Unlock()
 				return true, nil
 			}
@@ -386,6 +387,9 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressReques
 	case err == nil, errors.Is(err, store.ErrExists):
 		if k == kindAuto && err == nil {
 			p.chosen.add(a)
+		}
+		if k != kindGateway && !p.shared() {
+			p.granted[a] = time.Now()
 		}
 		if k == kindGateway && err == nil {
 			p.gateways[a] = rev
@@ -491,6 +495,7 @@ func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 	p.chosen.remove(a)
 	p.stale.remove(a)
 	delete(p.gateways, a)
+	delete(p.granted, a)
 	delete(p.mine, a)
 	p.idle(a, b)
 	return nil

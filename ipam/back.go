@@ -142,9 +142,10 @@ func (i *IPAM) loadBack(ctx context.Context) error {
 	}
 	var rec backRecord
 	if err := decode(backKey, list[0].Value, &rec, &rec.Version); err != nil {
-		return err
+		i.log.WithError(err).Warn("which addresses were given back last is not known: containers that start may have others than before")
+	} else {
+		i.left = rec.Pools
 	}
-	i.left = rec.Pools
 	return i.store.Delete(ctx, backKey)
 }
 

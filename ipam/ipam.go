@@ -151,6 +151,8 @@ type pool struct {
 	// others all else that is taken, gateways included.
 	mine   map[netip.Addr]ownClaim
 	others map[netip.Addr]heldClaim
+	// granted is when this process handed out what is taken, but in a shared space.
+	granted map[netip.Addr]time.Time
 	// automatic: nobody typed the subnet. guess is the gateway that nobody typed.
 	automatic bool
 	guess     netip.Addr
@@ -164,7 +166,7 @@ func newPool(id poolID) *pool {
 		byName: map[string]*binding{}, byAddr: map[netip.Addr]*binding{}, added: map[string]reservation{},
 		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{}, leased: map[netip.Addr]*leased{}, keys: map[string]bool{},
 		asks: make(chan struct{}, extendAtOnce),
-		mine: map[netip.Addr]ownClaim{}, others: map[netip.Addr]heldClaim{},
+		mine: map[netip.Addr]ownClaim{}, others: map[netip.Addr]heldClaim{}, granted: map[netip.Addr]time.Time{},
 	}
 }
 

@@ -141,36 +141,82 @@ func (i *IPAM) orderStranded(ctx context.Context, o Order) (string, error) {
 		if o.Pool.IsValid() && p.prefix != o.Pool.Masked() || o.Space != "" && p.space != spaceOption+o.Space || o.Address.IsValid() {
 			continue
 		}
-		these, err := i.freeStranded(ctx, p)
+		these, err := i.freeStranded(ctx, p, nil)
+		freed = append(freed, these...)
+		if err != nil && len(freed) > 0 {
+			return "", fmt.Errorf("%w (%s before that)", err, freedText(freed))
+		}
 		if err != nil {
 			return "", err
 		}
-		freed = append(freed, these...)
 	}
 	if len(freed) == 0 {
 		return "no address is stranded: each that was handed out more than ten minutes ago is in use", nil
 	}
-	slices.SortFunc(freed, netip.Addr.Compare)
-	return fmt.Sprintf("free again: %s", strings.Trim(fmt.Sprint(freed), "[]")), nil
+	return freedText(freed), nil
 }
 
-// freeStranded frees the addresses of a pool that no endpoint has. Nothing can use
+func freedText(freed []netip.Addr) string {
+	slices.SortFunc(freed, netip.Addr.Compare)
+	return fmt.Sprintf("free again: %s", strings.Trim(fmt.Sprint(freed), "[]"))
+}
+
+// freeStranded frees the addresses of a pool that no endpoint has, or the first one
+// that may be chosen for a request, which does not wait for all. Nothing can use
 // them: the engine makes an endpoint right after it got the address, or never; those
 // of an engine that died it gives back when it starts, and what runs on meanwhile
 // is in our own records. So not in our first minutes, nor for a swarm, whose tasks
 // are not the engine's to give back.
-func (i *IPAM) freeStranded(ctx context.Context, p *pool) (freed []netip.Addr, err error) {
+func (i *IPAM) freeStranded(ctx context.Context, p *pool, r *addressRequest) (freed []netip.Addr, err error) {
 	if id, held := i.holder(p.prefix); i.now().Sub(i.started) < strandedAfter || held && swarm(id) {
 		return nil, nil
 	}
 	for _, a := range i.stranded(ctx, p) {
-		if err := i.releaseAddress(ctx, poolID{poolKey: p.poolKey}, a); err != nil {
+		if r != nil {
+			if first, last := r.id.auto(); a.Less(first) || last.Less(a) || r.elsewhere(a) {
+				continue
+			}
+		}
+		b := p.freeing(a, i.now())
+		if b == nil {
+			continue
+		}
+		ctx, cancel := p.within(ctx)
+		err := i.free(ctx, p, a, b)
+		cancel()
+		if err != nil {
 			return freed, err
 		}
 		i.log.WithField("pool", p.prefix.String()).Infof("address %s, which no endpoint has, is free again", a)
-		freed = append(freed, a)
+		if freed = append(freed, a); r != nil {
+			break
+		}
 	}
 	return freed, nil
+}
+
+// freeing marks an address that was listed as stranded as busy, to be freed. It may
+// have been freed meanwhile and be somebody's who has no endpoint yet: then not.
+func (p *pool) freeing(a netip.Addr, now time.Time) *busy {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.closed || !p.taken.has(a) || p.foreign(a) || p.busy[a] != nil || p.fresh(a, now) {
+		return nil
+	}
+	b := &busy{done: make(chan struct{})}
+	p.busy[a] = b
+	return b
+}
+
+// fresh reports whether an address was granted only just now, by the clock that
+// nobody sets; p.mu is held. Those that this process has not granted are as old as
+// it is.
+func (p *pool) fresh(a netip.Addr, now time.Time) bool {
+	at, ok := p.granted[a]
+	if c, mine := p.mine[a]; mine {
+		at, ok = c.since, true
+	}
+	return ok && now.Sub(at) <= strandedAfter
 }
 
 // orderForget drops what is kept or reserved for a name. A container that has

@@ -193,6 +193,8 @@ func (i *IPAM) stranded(ctx context.Context, p *pool) []netip.Addr {
 	if err != nil {
 		return nil
 	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
 	var out []netip.Addr
 	for _, r := range list {
 		var rec addressRecord
@@ -200,7 +202,7 @@ func (i *IPAM) stranded(ctx context.Context, p *pool) []netip.Addr {
 		if err != nil || decode(r.Key, r.Value, &rec, &rec.Version) != nil {
 			continue
 		}
-		if rec.Kind != kindGateway && i.now().Sub(rec.Created) > strandedAfter && used(a) == "" {
+		if rec.Kind != kindGateway && !p.fresh(a, i.now()) && i.now().Sub(rec.Created) > strandedAfter && used(a) == "" {
 			out = append(out, a)
 		}
 	}
