@@ -38,9 +38,11 @@ type Table struct {
 	// issued is the last version or claim of ours, whatever the clock said then.
 	issued uint64
 	last   int64 // the clock, when it was last looked at
-	hosts  map[string]*host
-	dirty  map[uint32]bool
-	deaf   Deafness
+	// restarted is when versions began anew, last.
+	restarted time.Time
+	hosts     map[string]*host
+	dirty     map[uint32]bool
+	deaf      Deafness
 }
 
 // Deafness is why it is not known which other hosts are there, and since when.
@@ -132,18 +134,22 @@ func (t *Table) raise(p Part) {
 	}
 }
 
+// restartPause is between two attempts to be believed again.
+const restartPause = time.Minute
+
 // restart begins anew with versions when the clock was put back so far that
 // others, whose clock was right before, refuse those that go on; mu is held. If it
 // is wrong only now, they say which version they have, and [Table.outdo] goes on
-// after that.
+// after that. Others who say so may be wrong themselves, and be mended later: it
+// begins anew from time to time, until all believe what it says.
 func (t *Table) restart() {
 	now := t.now()
 	back := now.UnixNano() < t.last
 	t.last = now.UnixNano()
-	if !back || t.floor <= latest(now) {
+	if t.floor <= latest(now) || !back && now.Sub(t.restarted) < restartPause {
 		return
 	}
-	t.floor = 0
+	t.floor, t.restarted = 0, now
 	for _, o := range t.own {
 		t.put(believable(o.part, latest(now)))
 	}

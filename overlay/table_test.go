@@ -432,6 +432,69 @@ func TestTableVersionsGrowWhenTheClockIsPutBack(t *testing.T) {
 	}
 }
 
+// TestClocksMendedOneByOne: all clocks were a year ahead. Whichever is mended
+// first, its host is believed again when the last one is.
+func TestClocksMendedOneByOne(t *testing.T) {
+	const wrong = 365 * 24 * time.Hour
+	var clocks []*clock
+	var tables []*Table
+	for i := range 3 {
+		c := newClock()
+		c.pass(wrong)
+		clocks, tables = append(clocks, c), append(tables, tableAt(id(i), c))
+	}
+	talk := func() { // as Gossip does it
+		for i, from := range tables {
+			for j, to := range tables {
+				if i == j {
+					continue
+				}
+				to.Heard(id(i), "")
+				own := from.Own()[0]
+				if _, err := to.Merge(own, 0); err != nil {
+					continue
+				}
+				if held, _ := to.part(id(i), 1); held.Version > from.Own()[0].Version {
+					_, _ = from.Merge(Part{Host: id(i), VNI: 1, Version: held.Version, Gone: true}, 0)
+				}
+			}
+		}
+	}
+	pass := func(d time.Duration) {
+		for ; d > 0; d -= time.Second {
+			for i, table := range tables {
+				clocks[i].pass(time.Second)
+				table.Expire()
+			}
+			talk()
+		}
+	}
+	for i, table := range tables {
+		table.Set(part(i, 1, Endpoint{MAC: mac(i), Addrs: []netip.Addr{addr(i)}, Claim: table.Claim()}))
+	}
+	pass(3 * time.Second)
+	for _, c := range clocks {
+		c.pass(-wrong)
+		pass(90 * time.Second)
+	}
+	for i, table := range tables {
+		own := table.Own()[0]
+		own.Endpoints = append(own.Endpoints, Endpoint{MAC: mac(i + 10), Addrs: []netip.Addr{addr(i + 10)}, Claim: table.Claim()})
+		table.Set(own)
+	}
+	pass(90 * time.Second)
+	for i, table := range tables {
+		if v := table.Own()[0].Version; v > latest(clocks[i].now()) {
+			t.Errorf("host %d says version %d, which all others refuse", i, v)
+		}
+		for j := range tables {
+			if got := table.View(1).Forwards[mac(j+10)]; i != j && got != vtep(j) {
+				t.Errorf("host %d sends what is for a new container of host %d to %v", i, j, got)
+			}
+		}
+	}
+}
+
 func TestTableKeepsOnlyItsNetworks(t *testing.T) {
 	table := tableAt("a", newClock())
 	if merge(t, table, later(part(1, 1), 1), 0) || len(table.Known()) != 0 {
