@@ -13,6 +13,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hashicorp/memberlist"
 	"github.com/sirupsen/logrus"
 
 	"github.com/weftnet/weft/driver"
@@ -318,6 +319,33 @@ func TestStreamsAreBounded(t *testing.T) {
 	x.set(5, 1)
 	y.set(5, 2)
 	within(t, 15*time.Second, "hosts talk to each other", func() bool { return x.sees(5, y, 2) && y.sees(5, x, 1) })
+}
+
+// TestStreamAnswer: a host that no packet reaches answers on a stream, without
+// a password too.
+func TestStreamAnswer(t *testing.T) {
+	w := newWires()
+	x := w.run(t, w.host(0))
+	tr, err := listen(t.Context(), netip.AddrPortFrom(w.addr(), GossipPort))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = tr.Shutdown() }()
+	var conn net.Conn
+	within(t, 5*time.Second, "listening", func() bool {
+		conn, err = tr.DialAddressTimeout(memberlist.Address{Addr: x.bind.String()}, time.Second)
+		return err == nil
+	})
+	defer func() { _ = conn.Close() }()
+	ping := append([]byte{tagLabel, byte(len(label))}, label...)
+	ping = append(append(append(ping, tagPing, 0x81, 0xa0|5), "SeqNo"...), 7)
+	if _, err := conn.Write(ping); err != nil {
+		t.Fatal(err)
+	}
+	answer := make([]byte, 1)
+	if _, err := io.ReadFull(conn, answer); err != nil || answer[0] != tagAck {
+		t.Errorf("answered %d, %v", answer, err)
+	}
 }
 
 // TestStreamsOfOneSource: one address has no more than its share.

@@ -28,6 +28,7 @@ const (
 // The first byte of what memberlist sends on a stream.
 const (
 	tagPing     = 0
+	tagAck      = 2 // of a ping, on the stream that brought it
 	tagPushPull = 6
 	tagUser     = 8
 	tagEncrypt  = 10
@@ -82,7 +83,7 @@ func (s *stream) check() error {
 		return p.err
 	}
 	switch tag {
-	case tagPing, tagError:
+	case tagPing, tagAck, tagError:
 		return nil
 	case tagEncrypt:
 		if n := p.number(4); p.err == nil && n > mostStream {
