@@ -513,7 +513,7 @@ func (c *Cluster) after(ctx context.Context, vni uint32) {
 	}
 	c.mu.Unlock()
 	for _, line := range news {
-		if ok, _ := c.chatter.may(time.Now()); ok {
+		if c.chatter.allows(c.c.Log) {
 			c.c.Log.WithField("vni", vni).Warn(line)
 		}
 	}

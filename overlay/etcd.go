@@ -79,6 +79,9 @@ type Etcd struct {
 	// parts are those of other hosts, by key, also the ones that were deleted,
 	// with the versions that they were merged by.
 	parts map[string]Part
+	// refused has, by key, why parts of other hosts are not taken over that may be
+	// later: the store says each only once.
+	refused map[string]error
 	// since is when hosts fell silent: those with parts that are not alive.
 	since map[string]time.Time
 	taken map[uint32]bool // networks of this host that parts were merged for
@@ -88,7 +91,7 @@ type Etcd struct {
 func NewEtcd(c EtcdConfig) *Etcd {
 	return &Etcd{
 		EtcdConfig: c, wake: make(chan struct{}, 1), known: map[string]store.Record{},
-		parts: map[string]Part{}, since: map[string]time.Time{}, taken: map[uint32]bool{},
+		parts: map[string]Part{}, refused: map[string]error{}, since: map[string]time.Time{}, taken: map[uint32]bool{},
 	}
 }
 
@@ -228,6 +231,7 @@ func (e *Etcd) part(ev store.Event) {
 	old, had := e.parts[ev.Key]
 	var p Part
 	if ev.Deleted {
+		delete(e.refused, ev.Key)
 		if !had {
 			return // our own, or broken
 		}
@@ -235,17 +239,24 @@ func (e *Etcd) part(ev store.Event) {
 	} else {
 		var err error
 		if p, err = parsePart(ev.Record, latest(e.Table.now())); err != nil {
+			if errors.Is(err, errAhead) {
+				e.refuse(ev.Key, err)
+				return
+			}
+			delete(e.refused, ev.Key) // it stays so until it is written anew
 			e.complain(err)
 			return
 		}
 	}
 	if p.Host == e.Table.self {
+		delete(e.refused, ev.Key)
 		_, _ = e.Table.Merge(p, 0) // it was checked
 		return
 	}
 	// The store knows better than their versions which came later: a host that
-	// left takes its last version with it, and its clock may be put back.
-	if had {
+	// left takes its last version with it, and its clock may be put back. What is
+	// too far ahead was believed by another clock of ours.
+	if had && old.Version <= latest(e.Table.now()) {
 		p.Version = max(p.Version, old.Version+1)
 	}
 	if _, ok := e.since[p.Host]; !ok && !e.isAlive(p.Host) {
@@ -270,15 +281,47 @@ func (e *Etcd) silence(id string) time.Duration {
 
 // merge tells the Table; mu is held.
 func (e *Etcd) merge(p Part) {
+	key := partKey(p)
 	if _, err := e.Table.Merge(p, e.silence(p.Host)); err != nil {
+		e.refuse(key, err)
+		return
+	}
+	delete(e.refused, key)
+}
+
+// refuse notes that a part is not taken over, and tells it once; mu is held.
+func (e *Etcd) refuse(key string, err error) {
+	if _, told := e.refused[key]; !told {
 		e.complain(err)
+	}
+	e.refused[key] = err
+}
+
+// again looks at what was refused: a clock may have been set, or others have left.
+func (e *Etcd) again() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	for key, err := range maps.Clone(e.refused) {
+		switch r, ok := e.known[key]; {
+		case !ok:
+			delete(e.refused, key)
+		case errors.Is(err, errAhead):
+			e.part(store.Event{Record: r})
+		default:
+			e.merge(e.parts[key])
+		}
 	}
 }
 
 func (e *Etcd) complain(err error) {
-	if ok, _ := e.chatter.may(time.Now()); ok {
-		e.Log.WithError(err).Warn("what another host says is not taken over")
+	if !e.chatter.allows(e.Log) {
+		return
 	}
+	hint := ""
+	if errors.Is(err, errAhead) {
+		hint = "; set the clocks of both, it is taken over then"
+	}
+	e.Log.WithError(err).Warn("what another host says is not taken over" + hint)
 }
 
 func (e *Etcd) mergeIf(f func(Part) bool) {
@@ -304,6 +347,7 @@ func (e *Etcd) watchTable(ctx context.Context) error {
 			for _, name := range e.Table.Expire() {
 				e.Log.WithField("host", name).Warnf("silent for %v, what leads to its containers is removed", e.Table.grace)
 			}
+			e.again()
 		}
 	}
 }

@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/go-cmp/cmp/cmpopts"
 	"github.com/sirupsen/logrus"
+	logtest "github.com/sirupsen/logrus/hooks/test"
 
 	"github.com/weftnet/weft/internal/datapath"
 	"github.com/weftnet/weft/internal/store"
@@ -342,6 +344,65 @@ func TestEtcdCutOff(t *testing.T) {
 		until(t, 20*time.Second, "all on "+h.id, func() bool { s, _ := h.silent(cut); return !s && h.sees(7, hosts...) })
 	}
 	t.Logf("all know all %v after its return", time.Since(start))
+}
+
+// TestEtcdRefused: what is not believed for the clock, or has no room, is taken
+// over when there is no such reason any more, without a word of its host.
+func TestEtcdRefused(t *testing.T) {
+	clock := newClock()
+	table := tableAt("a", clock)
+	table.Set(part(0, 1))
+	log, logs := logtest.NewNullLogger()
+	e := NewEtcd(EtcdConfig{Table: table, Log: log})
+	record := func(p Part, rev uint64) store.Record {
+		value, err := json.Marshal(p)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return store.Record{Key: partKey(p), Value: value, Rev: rev}
+	}
+	right := clock.t.Add(2 * time.Hour)
+	ahead := later(part(1, 1, Endpoint{MAC: mac(1), Addrs: []netip.Addr{addr(1)}, Claim: uint64(right.UnixNano())}), uint64(right.UnixNano()))
+	gone := later(part(2, 1), uint64(right.UnixNano()))
+	e.snapshot([]store.Record{{Key: aliveKeys + "b", Rev: 1}, {Key: aliveKeys + "c", Rev: 1}, record(ahead, 2), record(gone, 3)})
+	for range 3 {
+		e.again()
+	}
+	if got := table.View(1); len(got.VTEPs) != 0 || len(logs.AllEntries()) != 2 {
+		t.Fatalf("takes over %v, logs %d lines", got.VTEPs, len(logs.AllEntries()))
+	}
+	e.event(store.Event{Record: store.Record{Key: partKey(gone), Rev: 4}, Deleted: true})
+	clock.t = right
+	e.again()
+	if got := table.View(1); !slices.Equal(got.VTEPs, []netip.Addr{vtep(1)}) || got.Forwards[mac(1)] != vtep(1) {
+		t.Fatalf("after the clock was set: %v", got)
+	}
+
+	// A clock that was ahead too is put back, and its host goes on from there.
+	clock.t = right.Add(-24 * time.Hour)
+	e.event(store.Event{Record: record(later(part(1, 1, Endpoint{MAC: mac(2), Claim: 5}), uint64(clock.t.UnixNano())), 5)})
+	if got := table.View(1); got.Forwards[mac(2)] != vtep(1) {
+		t.Fatalf("after the clock was put back: %v", got)
+	}
+
+	// A network that is full has room again.
+	for i := range mostHosts {
+		table.Heard(fmt.Sprintf("other-%d", i), "")
+	}
+	e.event(store.Event{Record: record(later(part(3, 1), 6), 6)})
+	if got := table.View(1); slices.Contains(got.VTEPs, vtep(3)) {
+		t.Fatal("there is no bound")
+	}
+	for i := range mostHosts {
+		table.Silent(fmt.Sprintf("other-%d", i))
+	}
+	clock.pass(testGrace)
+	e.since["d"] = clock.t
+	table.Expire()
+	e.again()
+	if got := table.View(1); !slices.Contains(got.VTEPs, vtep(3)) {
+		t.Fatalf("is not taken over when there is room: %v", got.VTEPs)
+	}
 }
 
 // TestEtcdStateLost: a host that lost what it had takes back what it said.

@@ -305,10 +305,4 @@ func (g *Gossip) once(line string) bool {
 }
 
 // may bounds the lines that others can cause. mu is not held.
-func (g *Gossip) may() bool {
-	ok, dropped := g.chatter.may(time.Now())
-	if dropped > 0 {
-		g.log.Warnf("%d further lines about other hosts were not logged: there were too many at once", dropped)
-	}
-	return ok
-}
+func (g *Gossip) may() bool { return g.chatter.allows(g.log) }

@@ -6,6 +6,8 @@ import (
 	"time"
 	"unicode"
 	"unicode/utf8"
+
+	"github.com/sirupsen/logrus"
 )
 
 // mostText is more than a host name has, and less than a log can take.
@@ -65,4 +67,13 @@ func (c *chatter) may(now time.Time) (ok bool, dropped int) {
 	c.left--
 	dropped, c.dropped = c.dropped, 0
 	return true, dropped
+}
+
+// allows is may, and tells of lines that were not logged.
+func (c *chatter) allows(log logrus.FieldLogger) bool {
+	ok, dropped := c.may(time.Now())
+	if dropped > 0 {
+		log.Warnf("%d further lines about other hosts were not logged: there were too many at once", dropped)
+	}
+	return ok
 }
