@@ -261,13 +261,29 @@ func TestEngineRoots(t *testing.T) {
 	dir := t.TempDir()
 	for path, text := range map[string]string{
 		"daemon.json": `{"data-root": "/srv/docker/"}`, "proc/7/cmdline": "/usr/bin/dockerd\x00-H\x00fd://\x00--data-root\x00/mnt/a\x00",
-		"proc/8/cmdline": "dockerd\x00--data-root=/mnt/b\x00", "proc/9/cmdline": "vi\x00--data-root=/mnt/c\x00", "proc/10/cmdline": "", "proc/11/cmdline": "dockerd\x00--data-root\x00",
+		"proc/5/cmdline": "dockerd\x00--data-root=/tmp/user\x00", "proc/5/status": "Name:\tdockerd\nUid:\t1000\t0\t0\t0\n",
+		"proc/6/cmdline": "dockerd\x00--data-root=/tmp/container\x00", "proc/8/cmdline": "dockerd\x00--data-root=/mnt/b\x00", "proc/9/cmdline": "vi\x00--data-root=/mnt/c\x00", "proc/10/cmdline": "", "proc/11/cmdline": "dockerd\x00--data-root\x00",
 	} {
 		path = filepath.Join(dir, path)
 		if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 			t.Fatal(err)
 		}
 		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for pid, ns := range map[string]string{"self": "mnt:[1]", "5": "mnt:[1]", "6": "mnt:[2]", "7": "mnt:[1]", "8": "mnt:[1]", "9": "mnt:[1]", "11": "mnt:[1]"} {
+		proc := filepath.Join(dir, "proc", pid)
+		if err := os.MkdirAll(filepath.Join(proc, "ns"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(ns, filepath.Join(proc, "ns", "mnt")); err != nil {
+			t.Fatal(err)
+		}
+		if pid == "5" {
+			continue
+		}
+		if err := os.WriteFile(filepath.Join(proc, "status"), []byte("Name:\tdockerd\nUid:\t0\t0\t0\t0\n"), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -304,6 +320,14 @@ func TestStatusFindsPlugins(t *testing.T) {
 	var docs []document
 	if err := json.Unmarshal([]byte(out), &docs); code != 0 || err != nil || len(docs) != 2 || docs[1].Version != "b" {
 		t.Errorf("two as JSON: exit %d, %s %v got:\n%s", code, errs, err, out)
+	}
+	forged := filepath.Join(root, "plugins", strings.Repeat("a", 64), "propagated-mount", adminSocket)
+	if err := os.Chown(forged, 12345, -1); err != nil {
+		t.Fatal(err)
+	}
+	code, out, errs = weft(t, root, "status", "--state", state)
+	if code != 0 || strings.Contains(out, "weft a") || !strings.Contains(out, "weft b: recovering\n") || !strings.Contains(errs, "aaa/propagated-mount/"+adminSocket+" is left out") {
+		t.Errorf("a socket of a user: exit %d, %s got:\n%s", code, errs, out)
 	}
 	answers(t, filepath.Join(state, adminSocket), document{Version: "own", Phase: recovering})
 	code, out, errs = weft(t, root, "status", "--state", state)
