@@ -235,10 +235,15 @@ func ownState(ctx context.Context, db *store.Bolt, s settings, log *logrus.Logge
 		return err
 	}
 	before := string(r.Value)
-	if before == s.instance {
+	if err != nil { // nobody has said yet whose it is
+		if before, err = unnamed(ctx, db); err != nil {
+			return err
+		}
+	}
+	if before == s.instance && r.Rev != 0 {
 		return nil
 	}
-	if before != "" {
+	if before != "" && before != s.instance {
 		k, err := datapath.New(datapath.Config{Instance: before, Log: log})
 		if err != nil {
 			return err
@@ -255,6 +260,16 @@ func ownState(ctx context.Context, db *store.Bolt, s settings, log *logrus.Logge
 	}
 	_, err = db.Put(ctx, store.Record{Key: instanceKey, Value: []byte(s.instance), Rev: r.Rev})
 	return err
+}
+
+// unnamed is whose a state without a name is: what releases before instances kept is
+// that of the default one, and a new state is nobody's.
+func unnamed(ctx context.Context, db *store.Bolt) (string, error) {
+	list, err := db.List(ctx, "")
+	if err != nil || len(list) == 0 {
+		return "", err
+	}
+	return datapath.DefaultInstance, nil
 }
 
 // close lets go of files and sockets; nothing in the kernel changes.
