@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"net/netip"
@@ -391,8 +392,12 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 			trouble = err.Error()
 			c.block(trouble)
 			c.c.Log.WithError(err).Warn("overlay networks: where this host reaches others from")
-		case err == nil && u.Addr != last:
+		case err == nil:
 			trouble = ""
+			c.block("")
+			if u.Addr == last {
+				break
+			}
 			if last.IsValid() {
 				c.c.Log.Warnf("overlay networks: the underlay moved from %s to %s", last, u.Addr)
 			}
@@ -401,7 +406,6 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 				break
 			}
 			last = u.Addr
-			c.block("")
 			c.mu.Lock()
 			c.underlay = u.Addr
 			c.mu.Unlock()
@@ -527,6 +531,10 @@ func (c *Cluster) after(ctx context.Context, vni uint32) {
 	}
 }
 
+// mostPast is how many addresses that nobody has are remembered, for each network:
+// hosts may name new ones for ever.
+const mostPast = 4096
+
 // move is an address that has another MAC than containers may remember.
 type move struct {
 	link string
@@ -541,6 +549,12 @@ func (n *network) moves(b Backend, now map[netip.Addr]datapath.MAC) (list []move
 			list = append(list, move{link, a, mac})
 		}
 		n.macs[a] = mac
+	}
+	if len(n.macs) > len(now)+mostPast {
+		maps.DeleteFunc(n.macs, func(a netip.Addr, _ datapath.MAC) bool {
+			_, ok := now[a]
+			return !ok
+		})
 	}
 	return list
 }

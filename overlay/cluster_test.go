@@ -2,6 +2,7 @@ package overlay
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"path/filepath"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/sirupsen/logrus"
@@ -28,6 +30,7 @@ type bench struct {
 
 	mu        sync.Mutex
 	under     datapath.Underlay
+	noWay     error
 	others    []Part // the answers to Ask
 	announced []string
 	peers     string // what Underlay was last asked for
@@ -98,6 +101,9 @@ func (b *bench) Underlay(_ context.Context, want string, peers ...netip.Addr) (d
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	u := b.under
+	if b.noWay != nil {
+		return u, b.noWay
+	}
 	b.peers = fmt.Sprint(want, peers)
 	if a, err := netip.ParseAddr(want); err == nil {
 		u.Addr = a
@@ -311,6 +317,54 @@ func TestUnderlayLeadsToPeers(t *testing.T) {
 	b.c.c.Underlay = "eth7"
 	if _, err := b.c.where(t.Context()); err != nil || b.peers != "eth7[]" {
 		t.Errorf("with UNDERLAY asked for %s, %v", b.peers, err)
+	}
+}
+
+// TestUnderlayBack: a trouble is over when the address is the one of before, and
+// told again when it comes again.
+func TestUnderlayBack(t *testing.T) {
+	b := newBench(t)
+	b.start(Join{Keys: [][]byte{make([]byte, keyLen)}})
+	synctest.Test(t, func(t *testing.T) {
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- b.c.watchUnderlay(ctx, b) }()
+		for range 2 {
+			for _, err := range []error{nil, errors.New("eth0 has no address")} {
+				b.mu.Lock()
+				b.noWay = err
+				b.mu.Unlock()
+				time.Sleep(lookTime + time.Second)
+				if got := b.c.Status().Troubles; len(got) > 0 != (err != nil) {
+					t.Errorf("with error %v the troubles are %v", err, got)
+				}
+			}
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	if len(b.rehomed) != 1 {
+		t.Errorf("rehomed to %v", b.rehomed)
+	}
+}
+
+// TestPastAddressesAreBounded: a host that names other addresses all the time
+// does not fill the memory.
+func TestPastAddressesAreBounded(t *testing.T) {
+	n := &network{rec: blue(4242), macs: map[netip.Addr]datapath.MAC{}}
+	stays := netip.MustParseAddr("10.44.2.2")
+	a := netip.MustParseAddr("fd00::1")
+	for range 3 * mostPast {
+		n.moves(Backend{}, map[netip.Addr]datapath.MAC{stays: {2, 1}, a: {2, 2}})
+		a = a.Next()
+	}
+	if len(n.macs) > mostPast+2 || n.macs[stays] != (datapath.MAC{2, 1}) {
+		t.Errorf("%d addresses are remembered, and %s at %s", len(n.macs), stays, n.macs[stays])
+	}
+	if got := n.moves(Backend{}, map[netip.Addr]datapath.MAC{stays: {2, 3}}); len(got) != 1 {
+		t.Errorf("moved: %v", got)
 	}
 }
 
