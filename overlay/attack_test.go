@@ -11,6 +11,7 @@ import (
 	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/hashicorp/memberlist"
@@ -454,6 +455,25 @@ func FuzzEtcdRecord(f *testing.F) {
 			if Plain(p.Name) != p.Name || !isID(p.ID) {
 				t.Fatalf("host %q %q", p.ID, p.Name)
 			}
+		}
+	})
+}
+
+// TestTroublesOfBefore: what does not show any more leaves its place to what does.
+func TestTroublesOfBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &Gossip{troubles: map[string]*Trouble{}}
+		for i := range mostTroubles {
+			g.trouble(fmt.Sprintf("old %d", i), "wrong")
+		}
+		g.trouble("new", "wrong")
+		if g.troubles["new"] != nil {
+			t.Error("there is no bound")
+		}
+		time.Sleep(troubleAge + time.Second)
+		g.trouble("new", "wrong")
+		if g.troubles["new"] == nil || len(g.troubles) != 1 {
+			t.Errorf("%d troubles of before keep a new one out", len(g.troubles))
 		}
 	})
 }

@@ -41,6 +41,9 @@ func (g *Gossip) noteTrouble(peer, reason string) *Trouble {
 	t := g.troubles[peer]
 	if t == nil || t.Reason != reason {
 		if t == nil && len(g.troubles) >= mostTroubles {
+			g.pruneTroubles()
+		}
+		if t == nil && len(g.troubles) >= mostTroubles {
 			return &Trouble{} // there is enough to do
 		}
 		t = &Trouble{Peer: peer, Reason: reason, Since: now.UTC()}
@@ -98,11 +101,16 @@ func (g *Gossip) refuse(m message, err error) {
 	}
 }
 
+// pruneTroubles forgets those that do not show any more; mu is held.
+func (g *Gossip) pruneTroubles() {
+	maps.DeleteFunc(g.troubles, func(_ string, t *Trouble) bool { return time.Since(t.last) > troubleAge })
+}
+
 // Troubles are those that there are now.
 func (g *Gossip) Troubles() []Trouble {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	maps.DeleteFunc(g.troubles, func(_ string, t *Trouble) bool { return time.Since(t.last) > troubleAge })
+	g.pruneTroubles()
 	var list []Trouble
 	for _, t := range g.troubles {
 		list = append(list, *t)
