@@ -31,6 +31,9 @@ func ParsePools(s string) ([]PoolRange, error) {
 		f = strings.TrimSpace(f)
 		at := strings.LastIndexByte(f, ':')
 		if at < 0 {
+			if _, err := netip.ParsePrefix(f); err != nil {
+				return nil, fmt.Errorf("%q is not a subnet: write CIDR:SIZE as in 10.0.0.0/8:24", clip(f))
+			}
 			return nil, fmt.Errorf("%q has no size: write CIDR:SIZE as in 10.0.0.0/8:24", clip(f))
 		}
 		p, err := netip.ParsePrefix(f[:at])

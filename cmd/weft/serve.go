@@ -51,6 +51,9 @@ func (p program) serve(ctx context.Context, args []string) error {
 	}
 	s.complete()
 	log := p.logger(s.logLevel)
+	if err := s.checkLogLevel(); err != nil {
+		log.Errorf("setting LOG_LEVEL=%.60q: %v; going on with info", s.logLevel, err)
+	}
 	if p.drop != nil {
 		if err := p.drop(); err != nil {
 			log.WithError(err).Warn("going on with more privileges than needed")
@@ -79,7 +82,7 @@ func (p program) logger(level string) *logrus.Logger {
 	log := logrus.New()
 	log.SetOutput(p.out)
 	log.SetFormatter(&logrus.TextFormatter{DisableColors: true, FullTimestamp: true})
-	if l, err := logrus.ParseLevel(level); err == nil { // see settings.check
+	if l, err := logrus.ParseLevel(level); err == nil { // see settings.checkLogLevel
 		log.SetLevel(l)
 	}
 	return log

@@ -311,6 +311,16 @@ func TestServeUnusableSettings(t *testing.T) {
 	p.stop(t)
 }
 
+// How much is logged keeps nothing from working.
+func TestServeBadLogLevel(t *testing.T) {
+	p := start(t, t.TempDir(), "LOG_LEVEL=loud")
+	p.must(t, "IpamDriver.RequestPool", `{"AddressSpace":"weft-local","Pool":"10.9.0.0/24"}`)
+	p.stop(t)
+	if said := p.said(); strings.Count(said, "level=error") != 1 || !strings.Contains(said, "LOG_LEVEL=") || !strings.Contains(said, "level=info") {
+		t.Errorf("logged %s", said)
+	}
+}
+
 func TestSettingsCheck(t *testing.T) {
 	for name, c := range map[string]struct {
 		settings settings
@@ -325,6 +335,8 @@ func TestSettingsCheck(t *testing.T) {
 		"no store":          {settings{store: store.EtcdConfig{User: "me"}}, "STORE"},
 		"peers and a store": {settings{peers: "host2", store: store.EtcdConfig{Endpoints: "etcd://host3"}}, "PEERS"},
 		"no file":           {settings{store: store.EtcdConfig{Endpoints: "etcds://host3", CA: "/nowhere/ca.pem"}}, "/nowhere/ca.pem"},
+		"no subnet":         {settings{pools: "10.300.0.0/16"}, `"10.300.0.0/16" is not a subnet`},
+		"no size":           {settings{pools: "10.30.0.0/16"}, "has no size"},
 		"short":             {settings{grace: "10ms"}, "GRACE"},
 	} {
 		c.settings.complete()

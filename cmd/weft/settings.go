@@ -64,11 +64,6 @@ func (s settings) check() error {
 			bad = append(bad, fmt.Sprintf("%s=%.60q: %s", name, value, strings.TrimPrefix(err.Error(), "pools: ")))
 		}
 	}
-	if s.logLevel != "" {
-		if _, err := logrus.ParseLevel(s.logLevel); err != nil {
-			note("LOG_LEVEL", s.logLevel, errors.New("choose from trace, debug, info, warn, error"))
-		}
-	}
 	_, err := ipam.ParsePools(s.pools)
 	note("POOLS", s.pools, err)
 	if s.scope != scopeLocal && s.scope != scopeGlobal {
@@ -92,9 +87,18 @@ func (s settings) check() error {
 		note("PEERS", s.peers, errors.New("hosts find each other by PEERS or by STORE: take one of the two away"))
 	}
 	if len(bad) == 0 {
-		return nil
+		return nil // networks work at any level of the log
 	}
+	note("LOG_LEVEL", s.logLevel, s.checkLogLevel())
 	return fmt.Errorf("settings: %s (docker plugin disable -f, docker plugin set, docker plugin enable)", strings.Join(bad, "; "))
+}
+
+// checkLogLevel is apart from check: what is wrong here keeps nothing from working.
+func (s settings) checkLogLevel() error {
+	if _, err := logrus.ParseLevel(s.logLevel); s.logLevel != "" && err != nil {
+		return errors.New("choose from trace, debug, info, warn, error")
+	}
+	return nil
 }
 
 // graceTime is for how long what leads to a silent host stays.
