@@ -24,7 +24,18 @@ func (i *IPAM) Restation(ctx context.Context, prefix netip.Prefix, a netip.Addr,
 	if l == nil {
 		return nil
 	}
-	p.endExtension(l)
+	b, err := p.hold(ctx, a, l)
+	if b == nil {
+		return err
+	}
+	defer func() {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		close(b.done)
+		p.idle(a, b)
+		i.wakeLeases()
+	}()
+	p.endExtension(l) // another one does not begin
 	p.mu.Lock()
 	old, lease := l.Station, l.Lease
 	p.mu.Unlock()
@@ -43,8 +54,32 @@ func (i *IPAM) Restation(ctx context.Context, prefix netip.Prefix, a netip.Addr,
 	p.mu.Lock()
 	l.Station, l.Lease, l.next = s, got, got.Granted.Add(got.Renew)
 	p.mu.Unlock()
-	i.wakeLeases()
 	return i.putLease(ctx, p, l)
+}
+
+// hold marks a leased address as busy: it is neither given back nor asked for
+// meanwhile. nil: the lease is gone.
+func (p *pool) hold(ctx context.Context, a netip.Addr, l *leased) (*busy, error) {
+	for {
+		p.mu.Lock()
+		b := p.busy[a]
+		if p.closed || p.leased[a] != l || b != nil && b.queued {
+			p.mu.Unlock()
+			return nil, nil
+		}
+		if b == nil {
+			b = &busy{done: make(chan struct{})}
+			p.busy[a] = b
+			p.mu.Unlock()
+			return b, nil
+		}
+		p.mu.Unlock()
+		select {
+		case <-b.done:
+		case <-ctx.Done():
+			return nil, fmt.Errorf("address %s of pool %s is still being written: %w", a, p.prefix, ctx.Err())
+		}
+	}
 }
 
 // leaseOf finds the lease of an address.
@@ -86,5 +121,5 @@ func (i *IPAM) retake(ctx context.Context, p *pool, old, s dhcp.Station, lease d
 		mac, link, b, a, b, mac, b)
 }
 
-// restationTime bounds it: the engine gives the call 30 s.
-const restationTime = 25 * time.Second
+// restationTime bounds it: the call that it is part of is given up after 10 s.
+const restationTime = 8 * time.Second
