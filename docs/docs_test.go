@@ -136,6 +136,8 @@ var engineSays = map[string]bool{
 	"invalid ipam driver: weft":                 true,
 	"plugin is in use":                          true,
 	"network … has active endpoints":            true,
+	"content sha256:… already exists":           true,
+	"dial unix /run/docker/plugins/…/weft.sock: connect: no such file or directory": true,
 }
 
 func TestTroubleshooting(t *testing.T) {
