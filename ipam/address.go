@@ -238,7 +238,7 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 func (p *pool) next(r addressRequest, now time.Time) (netip.Addr, bool) {
 	first, last := r.id.auto()
 	if r.kind == kindAuto && r.name == "" {
-		if a, ok := p.nextBack(first, last, now); ok && !r.elsewhere(a) {
+		if a, ok := p.nextBack(r, first, last, now); ok {
 			return a, true
 		}
 	}

@@ -63,13 +63,14 @@ func (p *pool) isBack(b back, now time.Time) bool {
 	return p.shared() || b.start && now.Sub(p.started) < startedTime || now.Sub(b.at) < backTime
 }
 
-// nextBack is the lowest address that was given back only just now; p.mu is held.
-func (p *pool) nextBack(first, last netip.Addr, now time.Time) (a netip.Addr, ok bool) {
+// nextBack is the lowest address that was given back only just now and that no
+// other host has; p.mu is held.
+func (p *pool) nextBack(r addressRequest, first, last netip.Addr, now time.Time) (a netip.Addr, ok bool) {
 	for _, b := range p.backs {
 		if b.addr.Less(first) || last.Less(b.addr) || p.taken.either.has(b.addr) || !p.isBack(b, now) {
 			continue
 		}
-		if !ok || b.addr.Less(a) {
+		if (!ok || b.addr.Less(a)) && !r.elsewhere(b.addr) {
 			a, ok = b.addr, true
 		}
 	}

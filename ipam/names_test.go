@@ -305,6 +305,14 @@ func TestElsewhere(t *testing.T) {
 	if got := h.do("addr " + id); got != "10.1.0.104/24" {
 		t.Errorf("just given back, and elsewhere: %s", got)
 	}
+	h.do("free " + id + " 10.1.0.7")
+	h.do("free " + id + " 10.1.0.104")
+	far["10.1.0.7"] = "beta"
+	h.do("addr " + id + " 10.1.0.101")
+	delete(far, "10.1.0.8")
+	if got := h.do("addr " + id); got != "10.1.0.104/24" {
+		t.Errorf("the lowest of two given back is elsewhere: %s", got)
+	}
 	_, err := h.Carry(t.Context(), Order{Do: "reserve", Address: netip.MustParseAddr("10.1.0.9"), Name: "db"})
 	if err == nil || err.Error() != "address 10.1.0.9 of pool 10.1.0.0/24 is held by host beta: choose another, or remove that container first" {
 		t.Error(err)
