@@ -98,14 +98,23 @@ func (p program) uninstall(ctx context.Context, args []string) error {
 	}
 	defer k.Close()
 	removed, err := k.Uninstall(ctx)
-	if text := strings.TrimSpace(removed.String()); text != "" {
-		for line := range strings.SplitSeq(text, "\n") {
-			_, _ = fmt.Fprintln(p.out, "removed: "+line)
-		}
+	for _, line := range removed {
+		_, _ = fmt.Fprintln(p.out, "removed: "+line)
 	}
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(p.out, "nothing of instance %s is left in this host's network. IP forwarding stays as it is: see sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding\n", *name)
+	if len(removed) > 0 {
+		_, err = fmt.Fprintf(p.out, "nothing of instance %s is left in this host's network. IP forwarding stays as it is: see sysctl net.ipv4.ip_forward net.ipv6.conf.all.forwarding\n", *name)
+		return err
+	}
+	others, err := k.Others(ctx)
+	if err != nil {
+		return err
+	}
+	if len(others) > 0 {
+		return fmt.Errorf("there is nothing of instance %s on this host, but there is of instance %s: choose one with -instance", *name, strings.Join(others, ", "))
+	}
+	_, err = fmt.Fprintf(p.out, "there is nothing of instance %s on this host\n", *name)
 	return err
 }

@@ -101,17 +101,24 @@ func TestUninstall(t *testing.T) {
 	}
 	_ = p.Process.Kill()
 	<-p.ended
-	if code, out, errs := weft(t, t.TempDir(), "uninstall"); code != 0 || !strings.Contains(out, "removed: link add wfb") || !strings.Contains(out, "nothing of instance local") {
+	if code, out, errs := weft(t, t.TempDir(), "uninstall"); code != 0 || !strings.Contains(out, "removed: link add wfb") || !strings.Contains(out, "nothing of instance local is left") ||
+		!strings.Contains(out, "removed: nft table inet weft\n") || !strings.Contains(out, "removed: iptables-nft FORWARD ") {
 		t.Errorf("exit %d, %s%s", code, out, errs)
+	}
+	for _, name := range []string{"local", "nosuch"} {
+		code, out, errs := weft(t, t.TempDir(), "uninstall", "-instance", name)
+		if want := "nothing of instance " + name + " on this host, but there is of instance lab:"; code != 1 || out != "" || !strings.Contains(errs, want) {
+			t.Errorf("%s: exit %d, %s%s", name, code, out, errs)
+		}
 	}
 	if got := left(); strings.Contains(got, "table inet weft\n") || !strings.Contains(got, "weft_lab") || !strings.Contains(got, "wfb") {
 		t.Errorf("the other instance was touched, or this one was not removed:\n%s", got)
 	}
 	_ = other.Process.Kill()
 	<-other.ended
-	for range 2 { // the second time there is nothing to do
-		if code, out, errs := weft(t, t.TempDir(), "uninstall", "-instance", "lab"); code != 0 {
-			t.Errorf("exit %d, %s%s", code, out, errs)
+	for _, want := range []string{"removed: nft table inet weft_lab\n", "there is nothing of instance lab on this host\n"} {
+		if code, out, errs := weft(t, t.TempDir(), "uninstall", "-instance", "lab"); code != 0 || !strings.Contains(out, want) || strings.HasPrefix(want, "there") && out != want {
+			t.Errorf("exit %d, %s%s; want %q", code, out, errs, want)
 		}
 	}
 	if got := left(); got != before {

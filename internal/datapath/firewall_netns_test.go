@@ -375,7 +375,7 @@ table inet weft2 {
 			t.Fatal(err)
 		}
 	}
-	if err := h.remove(t.Context()); err != nil {
+	if _, err := h.remove(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	ns.Exec("nft", "delete table inet weft")

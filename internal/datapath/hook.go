@@ -102,19 +102,24 @@ func (h *hook) ensure(ctx context.Context) ([]string, error) {
 	return changed, nil
 }
 
-// remove takes away every rule of ours.
-func (h *hook) remove(ctx context.Context) error {
+// remove takes away every rule of ours, and returns a line for each chain that had
+// one.
+func (h *hook) remove(ctx context.Context) (removed []string, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	chains, err := h.chainsLocked(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	var errs []error
 	for _, c := range chains {
-		errs = append(errs, c.clear(ctx, h.rule))
+		err := c.clear(ctx, h.rule)
+		if err == nil && len(c.ours) > 0 {
+			removed = append(removed, c.name+" FORWARD "+strings.Join(h.rule, " "))
+		}
+		errs = append(errs, err)
 	}
-	return errors.Join(errs...)
+	return removed, errors.Join(errs...)
 }
 
 // present reports whether the rule is wherever it is needed, and is needed

@@ -126,7 +126,7 @@ func TestHook(t *testing.T) {
 	ns.Exec("iptables-nft", "-A", "FORWARD", "-m", "comment", "--comment", "weft", "-j", "ACCEPT")
 	ns.Exec("ip6tables-nft", append([]string{"-A", "FORWARD"}, hookRule("weft")...)...) // twice there
 	for range 2 {
-		if err := h.remove(t.Context()); err != nil {
+		if _, err := h.remove(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -187,7 +187,7 @@ func TestHookWithoutIptables(t *testing.T) {
 	h.dirs = []string{t.TempDir()}
 	t.Setenv("PATH", h.dirs[0])
 	wantHook(t, h, 0, false)
-	if err := h.remove(t.Context()); err != nil {
+	if _, err := h.remove(t.Context()); err != nil {
 		t.Error(err)
 	}
 	if n := len(logged.AllEntries()); n != 2 || logged.LastEntry().Level.String() != "warning" {

@@ -9,10 +9,12 @@ import (
 	"net"
 	"os"
 	"regexp"
+	"slices"
 	"strings"
 	"time"
 	"unicode"
 
+	"github.com/google/nftables"
 	"github.com/sirupsen/logrus"
 	"golang.org/x/sys/unix"
 )
@@ -160,20 +162,93 @@ func holderOf(ctx context.Context, path string) (holder string, root bool) {
 }
 
 // Uninstall removes all that the instance has in the kernel and returns what that
-// was. Only forwarding stays as it is: others may rely on it by now.
-func (k *Kernel) Uninstall(ctx context.Context) (State, error) {
+// was, a line each. Only forwarding stays as it is: others may rely on it by now.
+func (k *Kernel) Uninstall(ctx context.Context) ([]string, error) {
+	tables, err := k.firewall.tables(ctx) // before Owned, which may make ours
+	if err != nil {
+		return nil, err
+	}
 	have, err := k.Owned(ctx)
 	if err != nil {
-		return State{}, err
+		return nil, err
 	}
-	have.Forward4, have.Forward6, have.Hook = false, false, true // also a rule that is not where it should be
+	have.Forward4, have.Forward6, have.Hook = false, false, false
 	if err := k.Remove(ctx, have); err != nil {
-		return State{}, err
+		return nil, err
+	}
+	var removed []string
+	if text := strings.TrimSpace(have.String()); text != "" {
+		removed = strings.Split(text, "\n")
+	}
+	lines, err := k.hook.remove(ctx) // also a rule that is not where it should be
+	removed = append(removed, lines...)
+	if err != nil {
+		return removed, err
 	}
 	if err := k.firewall.drop(ctx); err != nil {
-		return State{}, err
+		return removed, err
 	}
-	return have, k.shortcuts.drop(ctx)
+	if name := k.firewall.rs.table.Name; slices.Contains(tables, name) {
+		removed = append(removed, "nft table inet "+name)
+	}
+	there, err := k.shortcuts.drop(ctx)
+	if there && err == nil {
+		removed = append(removed, "nft table netdev "+k.shortcuts.table)
+	}
+	return removed, err
+}
+
+// Others names the other instances that have something in the kernel, or interfaces
+// of theirs where the name is not known.
+func (k *Kernel) Others(ctx context.Context) ([]string, error) {
+	tables, err := k.firewall.tables(ctx)
+	if err != nil {
+		return nil, err
+	}
+	all, err := k.links.list(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("list links: %w", err)
+	}
+	var others []string
+	known := map[uint32]bool{}
+	for _, t := range tables {
+		name, ok := strings.CutPrefix(t, tableName+"_")
+		if t == tableName {
+			name, ok = DefaultInstance, true
+		}
+		if in, err := instanceOf(name); ok && err == nil && t != k.firewall.rs.table.Name {
+			others, known[in.group] = append(others, name), true
+		}
+	}
+	for _, l := range all {
+		if l.another() && !known[l.group] {
+			others = append(others, "that has interface "+l.name)
+		}
+	}
+	return others, nil
+}
+
+// tables are the names of all tables of the family.
+func (f *firewall) tables(ctx context.Context) ([]string, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if err := f.dialLocked(); err != nil {
+		return nil, err
+	}
+	err := f.sock.SetDeadline(deadline(ctx))
+	if err != nil {
+		return nil, err
+	}
+	list, err := f.conn.ListTablesOfFamily(nftables.TableFamilyINet)
+	if err != nil {
+		f.hangUpLocked()
+		return nil, fmt.Errorf("list nft tables: %w", err)
+	}
+	var names []string
+	for _, t := range list {
+		names = append(names, t.Name)
+	}
+	return names, nil
 }
 
 // drop removes the table, whatever is in it.
@@ -193,19 +268,19 @@ func (f *firewall) drop(ctx context.Context) error {
 	return nil
 }
 
-// drop removes the table, whatever is in it.
-func (s *shortcuts) drop(ctx context.Context) error {
+// drop removes the table, whatever is in it, and says whether there was one.
+func (s *shortcuts) drop(ctx context.Context) (bool, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	until := deadline(ctx)
 	there, err := s.thereLocked(until, unix.NFT_MSG_GETTABLE, "")
 	if err != nil || !there {
-		return nil // a kernel without the family has none
+		return false, nil // a kernel without the family has none
 	}
 	var b nfBatch
 	b.table(s.table, unix.NFT_MSG_DELTABLE)
 	if err := s.commitLocked(until, b); err != nil {
-		return fmt.Errorf("remove nft table netdev %s: %w", s.table, err)
+		return true, fmt.Errorf("remove nft table netdev %s: %w", s.table, err)
 	}
-	return nil
+	return true, nil
 }

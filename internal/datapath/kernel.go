@@ -411,7 +411,8 @@ func (k *Kernel) Remove(ctx context.Context, s State) error {
 		errs = append(errs, k.firewall.remove(ctx, rules))
 	}
 	if s.Hook {
-		errs = append(errs, k.hook.remove(ctx))
+		_, err := k.hook.remove(ctx)
+		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
 }
