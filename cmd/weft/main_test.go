@@ -296,7 +296,7 @@ func TestEngineRoots(t *testing.T) {
 
 func TestStatusFindsPlugins(t *testing.T) {
 	root, state := t.TempDir(), filepath.Join(t.TempDir(), "state")
-	code, _, errs := weft(t, root, "status", "--state", state)
+	code, _, errs := weft(t, root, "status")
 	if code != 1 || !strings.Contains(errs, "no plugin found") || strings.Count(errs, "\n") != 1 {
 		t.Errorf("none: exit %d, %q", code, errs)
 	}
@@ -312,11 +312,11 @@ func TestStatusFindsPlugins(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	code, out, errs := weft(t, root, "status", "--state", state)
+	code, out, errs := weft(t, root, "status")
 	if code != 0 || !strings.Contains(out, "weft a: recovering\n\n") || !strings.Contains(out, "weft b: recovering\n") || strings.Count(out, adminSocket+":\n") != 2 {
 		t.Errorf("two: exit %d, %s got:\n%s", code, errs, out)
 	}
-	code, out, errs = weft(t, root, "status", "--json", "--state", state)
+	code, out, errs = weft(t, root, "status", "--json")
 	var docs []document
 	if err := json.Unmarshal([]byte(out), &docs); code != 0 || err != nil || len(docs) != 2 || docs[1].Version != "b" {
 		t.Errorf("two as JSON: exit %d, %s %v got:\n%s", code, errs, err, out)
@@ -325,9 +325,13 @@ func TestStatusFindsPlugins(t *testing.T) {
 	if err := os.Chown(forged, 12345, -1); err != nil {
 		t.Fatal(err)
 	}
-	code, out, errs = weft(t, root, "status", "--state", state)
+	code, out, errs = weft(t, root, "status")
 	if code != 0 || strings.Contains(out, "weft a") || !strings.Contains(out, "weft b: recovering\n") || !strings.Contains(errs, "aaa/propagated-mount/"+adminSocket+" is left out") {
 		t.Errorf("a socket of a user: exit %d, %s got:\n%s", code, errs, out)
+	}
+	// What was named is what is asked.
+	if code, out, errs := weft(t, root, "status", "--state", state); code != 1 || out != "" || !strings.Contains(errs, filepath.Join(state, adminSocket)) || strings.Count(errs, "\n") != 1 {
+		t.Errorf("nobody there: exit %d, %q, %q", code, out, errs)
 	}
 	answers(t, filepath.Join(state, adminSocket), document{Version: "own", Phase: recovering})
 	code, out, errs = weft(t, root, "status", "--state", state)

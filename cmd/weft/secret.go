@@ -45,7 +45,7 @@ func (p program) secret(ctx context.Context, args []string) error {
 // returns what finds its socket once they are parsed.
 func (p program) socketFlags(fs *flag.FlagSet) func() (string, error) {
 	socket := fs.String("socket", "", "socket of the plugin; looked for when not given")
-	state := fs.String("state", defaultState, "directory where a plugin keeps its state")
+	state := fs.String("state", "", "directory where the plugin keeps its state; looked for when not given")
 	return func() (string, error) {
 		if *socket != "" {
 			return *socket, nil

@@ -25,7 +25,7 @@ func (p program) status(ctx context.Context, args []string) error {
 	fs := flag.NewFlagSet("weft status", flag.ContinueOnError)
 	asJSON := fs.Bool("json", false, "print the whole document as JSON")
 	socket := fs.String("socket", "", "socket of the plugin to ask; looked for when not given")
-	state := fs.String("state", defaultState, "directory where a plugin keeps its state")
+	state := fs.String("state", "", "directory where the plugin keeps its state; looked for when not given")
 	words, err := p.parse(fs, args)
 	if err != nil {
 		return err
@@ -95,22 +95,20 @@ func escaped(b []byte) []byte {
 	return out
 }
 
-// find returns the sockets of the plugins on this host: inside a plugin and
-// for an unmanaged one there is one beside the state; for managed plugins the
-// engine keeps the state.
+// find returns the socket beside a state that was named, whether it answers or not.
+// Without one it returns those of the plugins on this host: inside a plugin and for
+// an unmanaged one there is one beside the state; for managed plugins the engine
+// keeps the state.
 func (p program) find(state string) ([]string, error) {
-	own := filepath.Join(state, adminSocket)
-	if _, err := os.Stat(own); err == nil && state != defaultState {
-		return []string{own}, nil
+	if state != "" {
+		return []string{filepath.Join(state, adminSocket)}, nil
 	}
-	var plain []string
-	if state == defaultState { // other instances are beside it
-		var err error
-		if plain, err = filepath.Glob(state + "*/" + adminSocket); err != nil {
-			return nil, fmt.Errorf("look for %s: %w", own, err)
-		}
+	own := filepath.Join(defaultState, adminSocket)
+	found, err := filepath.Glob(defaultState + "*/" + adminSocket) // other instances are beside it
+	if err != nil {
+		return nil, fmt.Errorf("look for %s: %w", own, err)
 	}
-	pattern, found := "", plain
+	pattern := ""
 	for _, root := range p.roots() {
 		pattern = filepath.Join(root, "plugins", "*", "propagated-mount", adminSocket)
 		list, err := filepath.Glob(pattern)
