@@ -113,6 +113,7 @@ func chains(t *nftables.Table) []*nftables.Chain {
 		// After the raw chains of all instances, see fromMembers.
 		base("strangers", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityRaw+1),
 		base("prerouting", nftables.ChainTypeNAT, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest),
+		base("translated", nftables.ChainTypeFilter, nftables.ChainHookPrerouting, *nftables.ChainPriorityNATDest+1),
 		base("raw_output", nftables.ChainTypeFilter, nftables.ChainHookOutput, *nftables.ChainPriorityRaw),
 		base("output", nftables.ChainTypeNAT, nftables.ChainHookOutput, *nftables.ChainPriorityNATDest),
 		base("input", nftables.ChainTypeFilter, nftables.ChainHookInput, *nftables.ChainPriorityFilter),
@@ -143,6 +144,9 @@ func prerouting() []rule {
 		// What a VRF says to itself comes by its device.
 		in("loopback", isKind(metaIIFKind, "vrf"), verdict(expr.VerdictAccept)),
 		in("loopback", drop()),
+		// What goes there now is the answer to 127.0.0.1:port, translated back before
+		// it enters its bridge, as with br_netfilter: the filter there lets it in.
+		in("translated", loopback(16), isBridge(metaIIFKind), allow()),
 		// What is only switched from port to port is no connection of the host's:
 		// with br_netfilter each frame between two containers of a cluster would
 		// be tracked on both hosts, inside and outside of the tunnel.

@@ -33,6 +33,7 @@ type Kernel struct {
 	firewall  *firewall
 	shortcuts *shortcuts
 	hook      *hook
+	localnet  localnet
 
 	resolvConf string // path; tests have their own
 
@@ -260,7 +261,7 @@ func (k *Kernel) ensureBridges(ctx context.Context, list []Bridge, d *done) erro
 		if err := k.links.bridge(b, d); err != nil {
 			return err
 		}
-		if err := k.sysctl.bridge(b, d); err != nil {
+		if err := k.setBridge(b, d); err != nil {
 			return err
 		}
 		if err := k.links.addresses(ctx, "bridge", b.Name, b.Addrs, d); err != nil {
@@ -294,7 +295,7 @@ func (k *Kernel) ensureChildren(ctx context.Context, s State, d *done) error {
 		if !c.Stays {
 			continue
 		}
-		if err := k.sysctl.child(c, d); err != nil {
+		if err := k.setChild(c, d); err != nil {
 			return err
 		}
 		if err := k.links.addresses(ctx, c.Kind, c.Name, c.Addrs, d); err != nil {
@@ -456,7 +457,7 @@ func (k *Kernel) Owned(ctx context.Context) (State, error) {
 	if err != nil {
 		return State{}, fmt.Errorf("list links: %w", err)
 	}
-	if s, err = k.links.owned(ctx, all); err != nil {
+	if s, err = k.ownedLinks(ctx, all); err != nil {
 		return State{}, err
 	}
 	if s.Elements, err = k.firewall.owned(ctx); err != nil {

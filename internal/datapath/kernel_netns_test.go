@@ -190,7 +190,7 @@ func TestEnsureMends(t *testing.T) {
 		name, damage string
 		changes      int
 	}{
-		{"bridge gone", "ip link del wfnet", 11},     // bridge, 3 sysctls, 2 addresses, 3 ports back in, 2 port flags
+		{"bridge gone", "ip link del wfnet", 12},     // bridge, filter, 3 sysctls, 2 addresses, 3 ports back in, 2 port flags
 		{"bridge down", "ip link set wfnet down", 2}, // takes the IPv6 address with it
 		{"bridge MTU", "ip link set wfnet mtu 1300", 1},
 		{"bridge MAC", "ip link set wfnet address 02:00:00:00:00:99", 1},
@@ -199,6 +199,8 @@ func TestEnsureMends(t *testing.T) {
 		{"bridge address replaced", "ip addr del 10.7.0.1/24 dev wfnet; ip addr add 10.7.0.9/24 dev wfnet", 2},
 		{"bridge address behind another", "ip addr del 10.7.0.1/24 dev wfnet; ip addr add 10.7.0.9/24 dev wfnet; ip addr add 10.7.0.1/24 dev wfnet", 2},
 		{"sysctl", "sysctl -qw net.ipv4.conf.wfnet.route_localnet=0", 1},
+		{"filter gone", "tc filter del dev wfnet ingress", 1},
+		{"filter gone with its qdisc", "tc qdisc del dev wfnet clsact", 1},
 		{"port out", "ip link set wfa nomaster", 1},
 		{"isolated port out", "ip link set wfb nomaster", 2},
 		{"isolated port elsewhere", "ip link add other type bridge; ip link set wfb master other; bridge link set dev wfb isolated on", 2},

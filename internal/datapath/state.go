@@ -81,8 +81,9 @@ type Bridge struct {
 	// Existing bridges were made by somebody else: Ensure only checks that
 	// there is one, nothing changes or removes it.
 	Existing bool
-	// Down is only ever set by Owned: somebody set the bridge down.
-	Down bool
+	// Down is only ever set by Owned: somebody set the bridge down. So is Open:
+	// nothing but the table keeps 127.0.0.0/8 out, as with older bridges of ours.
+	Down, Open bool
 }
 
 // VXLAN is a VXLAN device (RFC 7348), a port of our own bridge Master. It finds
@@ -186,7 +187,8 @@ type Child struct {
 	// leads to.
 	Stays bool
 	Addrs []netip.Prefix
-	Down  bool // only ever set by Owned, of one that stays
+	// Down and Open are only ever set by Owned, of one that stays; see Bridge.
+	Down, Open bool
 }
 
 // Route leads from the host to one address of a container by the host's own
@@ -363,7 +365,7 @@ func bridgeKey(b Bridge) string {
 	if b.Existing {
 		return b.Name + " existing"
 	}
-	return fmt.Sprintf("%s %s %d %t %t %v", b.Name, b.MAC, b.MTU, b.Down, b.NoSnooping, sortedPrefixes(b.Addrs))
+	return fmt.Sprintf("%s %s %d %t %t %t %v", b.Name, b.MAC, b.MTU, b.Down, b.Open, b.NoSnooping, sortedPrefixes(b.Addrs))
 }
 
 func vethKey(v Veth) Veth {
@@ -376,7 +378,7 @@ func childKey(c Child) string {
 	if !c.Stays {
 		return c.Name
 	}
-	return fmt.Sprintf("%s %s %s %s %s %s %d %t %v", c.Name, c.Parent, c.Kind, c.Mode, c.Flag, c.MAC, c.MTU, c.Down, sortedPrefixes(c.Addrs))
+	return fmt.Sprintf("%s %s %s %s %s %s %d %t %t %v", c.Name, c.Parent, c.Kind, c.Mode, c.Flag, c.MAC, c.MTU, c.Down, c.Open, sortedPrefixes(c.Addrs))
 }
 
 // routeKey leaves out the source: that is the host's affair, and a route goes
