@@ -155,6 +155,10 @@ func prerouting() []rule {
 		// The host does not speak on a bridge that only switches, and whoever is on
 		// it has no business with the host.
 		in("input", isIn("switched", iif), drop()),
+		// By a link-local address of the host an internal network would get at
+		// ports that others publish, through the proxy.
+		in("input", isIn("internal", iif), isByte(l4proto, unix.IPPROTO_TCP), isV6LinkLocal(), drop()),
+		in("input", isIn("internal", iif), isByte(l4proto, unix.IPPROTO_UDP), isV6LinkLocal(), drop()),
 	}
 	rs = append(rs,
 		// A bridge that does not pass to itself has isolated ports (ICC off).
@@ -204,6 +208,10 @@ func fromMembers() []rule {
 		in("stranger", ctBits(expr.CtKeySTATE, expr.CtStateBitUNTRACKED), verdict(expr.VerdictAccept)),
 		in("stranger", toHost(), drop()),
 	)
+	// The device's socket takes what is for everybody as well.
+	for _, to := range []uint32{unix.RTN_BROADCAST, unix.RTN_MULTICAST, unix.RTN_ANYCAST} {
+		rs = append(rs, in("stranger", addressed(to), drop()))
+	}
 	for _, v6 := range families {
 		rs = append(rs, in("stranger", family(v6), isIn(suffix("members", v6), daddr(v6), dport), drop()))
 	}
@@ -462,10 +470,13 @@ func isKind(key expr.MetaKey, name string) []expr.Any {
 }
 
 // toHost matches if the destination is an address of the host.
-func toHost() []expr.Any {
+func toHost() []expr.Any { return addressed(unix.RTN_LOCAL) }
+
+// addressed matches if the destination is of that type.
+func addressed(kind uint32) []expr.Any {
 	return []expr.Any{
 		&expr.Fib{Register: firstRegister, ResultADDRTYPE: true, FlagDADDR: true},
-		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: binaryutil.NativeEndian.PutUint32(unix.RTN_LOCAL)},
+		&expr.Cmp{Op: expr.CmpOpEq, Register: firstRegister, Data: binaryutil.NativeEndian.PutUint32(kind)},
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -164,7 +165,27 @@ func TestOverlayMembers(t *testing.T) {
 			if !here.waits("member", func() { sendUDP(t, b.host, vtep(2, v6), at(1), frame(1, "member")) }) {
 				t.Fatal("a member's frame does not arrive")
 			}
+			// The device's socket takes what is for everybody too.
+			everybody := map[string]netip.Addr{"by broadcast": lanAddr("192.0.2.255"), "by multicast": lanAddr("224.0.0.1")}
+			near := map[string]netip.Addr{"by broadcast": lanAddr("10.8.0.255"), "by multicast": lanAddr("224.0.0.1")}
+			if v6 {
+				allNodes := func(ns *netnstest.NS) map[string]netip.Addr {
+					// By its number: the name's, which net remembers, is another namespace's.
+					zone, _, _ := strings.Cut(ns.Exec("ip", "-o", "link", "show", "eth0"), ":")
+					return map[string]netip.Addr{"by multicast": lanAddr("ff02::1").WithZone(zone)}
+				}
+				everybody, near = allNodes(b.host), allNodes(foreign)
+			} else {
+				b.host.Exec("ip", "route", "add", "224.0.0.0/4", "dev", "eth0")
+				foreign.Exec("ip", "route", "add", "224.0.0.0/4", "dev", "eth0")
+			}
 			attack := func() {
+				for how, to := range everybody {
+					sendUDP(t, b.host, stranger, netip.AddrPortFrom(to, 4789), frame(1, "stranger, "+how))
+				}
+				for how, to := range near {
+					sendUDP(t, foreign, netip.Addr{}, netip.AddrPortFrom(to, 4789), frame(1, "container, "+how))
+				}
 				sendUDP(t, b.host, stranger, at(1), frame(1, "stranger"))
 				sendUDP(t, b.host, stranger, netip.AddrPortFrom(gw, 4789), frame(1, "stranger, by another address"))
 				sendUDP(t, foreign, netip.Addr{}, netip.AddrPortFrom(gw, 4789), frame(1, "container, to its gateway"))
@@ -181,6 +202,9 @@ func TestOverlayMembers(t *testing.T) {
 				}
 			}
 			attacks := []string{"stranger", "stranger, by another address", "container, to its gateway", "container, to its host", "container, as a member", "container, to a member"}
+			for how := range near {
+				attacks = append(attacks, "stranger, "+how, "container, "+how)
+			}
 			for _, text := range attacks {
 				if here.has(text) || there.has(text) {
 					t.Errorf("taken: %s", text)

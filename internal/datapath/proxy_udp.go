@@ -96,6 +96,9 @@ func (u *udpProxy) one() {
 		return // closed
 	}
 	client := udpClient{from, localAddr(oob[:oobn])}
+	if !client.local.IsValid() {
+		return // for everybody: the kernel would not translate it either
+	}
 	server, err := u.session(client)
 	if err != nil {
 		u.seldom.warn(u.log.WithError(err).WithField("container", u.to.String()), "published UDP port: datagram dropped")
@@ -186,7 +189,8 @@ func readable(c syscall.RawConn) (yes bool) {
 	return yes
 }
 
-// localAddr reads from control messages which of our addresses was meant.
+// localAddr reads from control messages which of our addresses was meant: none
+// where the datagram is for everybody (broadcast, multicast).
 func localAddr(oob []byte) netip.Addr {
 	msgs, err := unix.ParseSocketControlMessage(oob)
 	if err != nil {
@@ -195,9 +199,15 @@ func localAddr(oob []byte) netip.Addr {
 	for _, m := range msgs {
 		switch {
 		case m.Header.Level == unix.IPPROTO_IP && m.Header.Type == unix.IP_PKTINFO && len(m.Data) >= unix.SizeofInet4Pktinfo:
-			return netip.AddrFrom4([4]byte(m.Data[4:8])) // ipi_spec_dst
+			// ipi_spec_dst is an address of ours even where ipi_addr, which the
+			// header has, is everybody's.
+			if local := [4]byte(m.Data[4:8]); local == [4]byte(m.Data[8:12]) {
+				return netip.AddrFrom4(local)
+			}
 		case m.Header.Level == unix.IPPROTO_IPV6 && m.Header.Type == unix.IPV6_PKTINFO && len(m.Data) >= unix.SizeofInet6Pktinfo:
-			return netip.AddrFrom16([16]byte(m.Data[0:16]))
+			if a := netip.AddrFrom16([16]byte(m.Data[0:16])); !a.IsMulticast() {
+				return a
+			}
 		}
 	}
 	return netip.Addr{}
