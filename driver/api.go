@@ -331,6 +331,7 @@ func (d *Driver) deleteEndpoint(ctx context.Context, networkID, endpointID strin
 	if e == nil {
 		return false, nil
 	}
+	d.linger(n, endpointID)
 	if d.later(n, endpointID) {
 		return true, nil
 	}

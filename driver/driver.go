@@ -49,6 +49,10 @@ type host interface {
 type lan interface {
 	Probe(ctx context.Context, link string, a netip.Addr) (holder datapath.MAC, taken bool, err error)
 	Announce(link string, a netip.Addr, mac datapath.MAC) error
+	// Present reports whether the host has a link, Settle waits until it can be set
+	// up.
+	Present(link string) (bool, error)
+	Settle(ctx context.Context, link string) error
 }
 
 // Config is what New needs; all of it.
@@ -110,6 +114,8 @@ type Driver struct {
 	// fallbacks are the endpoints that serve IPv6 with IPv4, by their sandbox.
 	fallbacks map[string]*fallback
 	drift     Drift
+	// lingers are hardware addresses that the kernel may still have, see linger.
+	lingers map[datapath.MAC]time.Time
 	// unowned is ours by its mark and named by no record.
 	unowned datapath.State
 }

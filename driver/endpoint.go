@@ -28,6 +28,9 @@ func (d *Driver) createEndpoint(ctx context.Context, n *network, rec Endpoint) e
 		err = d.firstEndpoint(ctx, n, d.endpointState(n, e))
 	}
 	if err == nil {
+		err = d.await(ctx, n, e.rec)
+	}
+	if err == nil {
 		err = ctx.Err() // the engine was told that it failed, and never deletes it
 	}
 	if err != nil {

@@ -574,6 +574,8 @@ type fakeHost struct {
 	probes  []string                    // what was asked for
 
 	announced []string
+	away      map[string]bool         // links that are in another namespace
+	settled   []string                // links that were waited for
 	routers   map[string][]netip.Addr // by link
 	addressed map[string][]netip.Prefix
 }
@@ -618,6 +620,19 @@ func (h *fakeHost) Announce(link string, a netip.Addr, m datapath.MAC) error {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	h.announced = append(h.announced, strings.TrimSpace(fmt.Sprintf("%s %s %s", link, a, m)))
+	return nil
+}
+
+func (h *fakeHost) Present(link string) (bool, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return !h.away[link], nil
+}
+
+func (h *fakeHost) Settle(_ context.Context, link string) error {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.settled = append(h.settled, link)
 	return nil
 }
 
