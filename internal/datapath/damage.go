@@ -31,7 +31,7 @@ func (k *Kernel) Watch(ctx context.Context) error {
 	for said := false; ; {
 		err := k.watch(ctx)
 		if ctx.Err() != nil {
-			return nil
+			return nil //nolint:nilerr // it ended because it was to end
 		}
 		if !said {
 			said = true
