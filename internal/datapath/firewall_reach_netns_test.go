@@ -299,7 +299,7 @@ func TestReachAttached(t *testing.T) {
 					{"u1", "host:80", "a1:8080 u1"},
 					{"u1", "a1:8080", ""},
 					{"x1", "host:80", "a1:8080 x1"}, // nobody but us lets the answers pass
-					{"b1", "o1:8080", ""},           // a network of ours, even if the host's way out leads there
+					{"b1", "o1:8080", "o1:8080 b1"}, // open to everybody
 					{"host", "host:150", "u1:8080 gw150"},
 				})
 			}

@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"net"
+	"strings"
 	"testing"
 	"time"
 
@@ -39,7 +40,8 @@ func TestLANMulticast(t *testing.T) {
 			ns.Do(func() {
 				to := group
 				if to.IP.To4() == nil {
-					to.Zone = link
+					// By its number: the name's, which net remembers, is another namespace's.
+					to.Zone, _, _ = strings.Cut(ns.Exec("ip", "-o", "link", "show", link), ":")
 				}
 				c, err := net.DialUDP("udp", nil, &to)
 				if err != nil {

@@ -167,7 +167,8 @@ func TestRefusedAfterOffer(t *testing.T) {
 				}
 				return [][]byte{proper(m).ToBytes()}
 			})
-			l, err := hasty().Acquire(t.Context(), "lan0", station(1), netip.Addr{}, lan4)
+			patient := &Client{waits: []time.Duration{2 * time.Second, 2 * time.Second}} // nothing is silent here
+			l, err := patient.Acquire(t.Context(), "lan0", station(1), netip.Addr{}, lan4)
 			if !errors.Is(err, want) || want == nil && l.Address.Addr() != theAddress {
 				t.Errorf("refused %d times: %v, %v", times, l, err)
 			}
