@@ -163,7 +163,7 @@ func (s *sockets) ensure(ctx context.Context, x Socket, both bool) (made bool, e
 func (s *sockets) serveLocked(ctx context.Context, p hostPort, to netip.AddrPort, both bool) error {
 	h := s.held[p]
 	if h != nil && h.to.IsValid() {
-		return fmt.Errorf("%s is already published for %s", p, h.to)
+		return errors.New(takenBy(p, h))
 	}
 	var err error
 	if h == nil {
@@ -444,7 +444,7 @@ func (s *sockets) rivalLocked(p hostPort) error {
 
 func takenBy(p hostPort, h *held) string {
 	if h.to.IsValid() {
-		return fmt.Sprintf("%s is already published for %s", p, h.to)
+		return fmt.Sprintf("%s is already published for %s: stop that container, or choose another host port", p, h.to)
 	}
 	return fmt.Sprintf("%s is being published for another container", p)
 }

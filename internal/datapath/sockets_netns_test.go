@@ -82,7 +82,7 @@ func TestReserve(t *testing.T) {
 			ensure(t, k, s)
 			same(t, k, s)
 			_, err := k.Reserve(t.Context(), PortRequest{Proto: c.proto, Hosts: both, First: 8080, Last: 8080})
-			wantError(t, err, "8080/"+c.net, "0.0.0.0", "published for 10.7.0.2:80")
+			wantError(t, err, "8080/"+c.net, "0.0.0.0", "published for 10.7.0.2:80: stop that container, or choose another host port")
 			_, err = k.Reserve(t.Context(), PortRequest{Proto: c.proto, Hosts: addrs("127.0.0.1"), First: 8080, Last: 8080})
 			wantError(t, err, "127.0.0.1", "published for 10.7.0.2:80")
 			_, err = k.Ensure(t.Context(), socketsOf(c.proto, 8080, "10.7.0.3:80", "0.0.0.0", "::"))
