@@ -341,6 +341,9 @@ func (p *pool) refuse(r addressRequest) error {
 		free = "next free is " + a.String()
 	}
 	why := "is in use"
+	if _, ok := p.gateways[r.want]; ok {
+		why = "is in use by the gateway"
+	}
 	if h, ok := p.others[r.want]; ok {
 		why = (&heldError{h}).Error()
 	}

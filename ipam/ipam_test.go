@@ -230,6 +230,7 @@ func TestScripts(t *testing.T) {
 			gw S -> 10.1.0.128/24
 			gw S 10.1.0.1 -> 10.1.0.1/24
 			addr S 10.1.0.77 -> 10.1.0.77/24
+			addr S 10.1.0.1 -> error: …10.1.0.1 of pool 10.1.0.0/24 is in use by the gateway: next free is…
 			addr S 10.1.0.77 -> error: address 10.1.0.77 of pool 10.1.0.0/24 is in use: next free is 10.1.0.129; 3 of 254 used
 			addr S 10.1.0.0 -> error: address 10.1.0.0 is not a usable one of pool 10.1.0.0/24: 10.1.0.1 to 10.1.0.254 are
 			addr S 10.1.0.255 -> error: …not a usable…
