@@ -306,6 +306,9 @@ func (d *Driver) createNetwork(ctx context.Context, rec Network) error {
 	if err := d.checkOthers(ctx, rec); err != nil {
 		return err
 	}
+	if err := checkRoom(rec); err != nil {
+		return err
+	}
 	if err := d.checkHostSubnets(ctx, rec); err != nil {
 		return err
 	}

@@ -211,6 +211,16 @@ func looksAutomatic(p netip.Prefix) bool {
 		p.Bits() == 20 && netip.MustParsePrefix("192.168.0.0/16").Contains(p.Addr())
 }
 
+// checkRoom refuses a bridge without an address for a container.
+func checkRoom(n Network) error {
+	for _, s := range n.Subnets {
+		if n.Mode == modeBridge && s.Pool.IsSingleIP() && s.Gateway.IsValid() {
+			return fmt.Errorf("subnet %s has one address, which is the gateway's: choose a larger --subnet", s.Pool)
+		}
+	}
+	return nil
+}
+
 // checkHostSubnets refuses a bridge whose subnet overlaps with one that the host is
 // in: the host would look for the stations of that LAN on the bridge.
 func (d *Driver) checkHostSubnets(ctx context.Context, n Network) error {
@@ -226,6 +236,10 @@ func (d *Driver) checkHostSubnets(ctx context.Context, n Network) error {
 			for _, a := range links[name] {
 				if name == n.Options.BridgeName || !a.Masked().Overlaps(s.Pool) {
 					continue
+				}
+				// Behind a bridge are other containers more often than a LAN.
+				if facts, ok, err := d.host.Link(ctx, name); err == nil && ok && facts.Kind == "bridge" {
+					return fmt.Errorf("subnet %s: this host is in %s by %s (%s): choose another --subnet", s.Pool, a.Masked(), name, a.Addr())
 				}
 				return fmt.Errorf("subnet %s: this host is in %s by %s (%s): choose another --subnet; for containers with addresses of that LAN, use -o mode=macvlan -o parent=%s",
 					s.Pool, a.Masked(), name, a.Addr(), name)

@@ -5,6 +5,8 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+
+	"github.com/weftnet/weft/internal/datapath"
 )
 
 // onLAN is the body of a network on eth0, which is in 10.1.0.0/24 and
@@ -170,6 +172,12 @@ func TestHostSubnetOnBridge(t *testing.T) {
 	refused("{}", "192.168.0.0/16", "192.168.0.1", "", "")
 	refused(`{"egress":"none"}`, "192.168.1.0/24", "192.168.1.1", "", "")
 	refused("{}", "10.9.0.0/24", "10.9.0.1", "2001:db8::/64", "2001:db8::1")
+	r.host.card(datapath.LinkFacts{Name: "docker0", Kind: "bridge", Up: true, MTU: 1500})
+	r.host.addressed["docker0"] = []netip.Prefix{netip.MustParsePrefix("172.17.0.1/16")}
+	body := onLAN(true, "{}", "172.17.5.0/24", "172.17.5.1", "", "")
+	if _, err := r.call("CreateNetwork", body); err == nil || !strings.Contains(err.Error(), "docker0") || strings.Contains(err.Error(), "macvlan") {
+		t.Errorf("on docker0's subnet: %v", err)
+	}
 	for _, ok := range []string{
 		onLAN(true, "{}", "192.168.2.0/24", "192.168.2.1", "", ""),
 		onLAN(true, `{"com.docker.network.bridge.inhibit_ipv4":"true"}`, "192.168.1.0/24", "192.168.1.1", "", ""),
@@ -179,4 +187,14 @@ func TestHostSubnetOnBridge(t *testing.T) {
 		r.must("CreateNetwork", ok)
 		r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
 	}
+}
+
+// TestSubnetWithoutRoom: the gateway would take the only address.
+func TestSubnetWithoutRoom(t *testing.T) {
+	r := newRig(t)
+	for _, options := range []string{"{}", `{"bridge":"br0"}`} {
+		r.refused("CreateNetwork", onLAN(true, options, "10.9.0.1/32", "10.9.0.1", "", ""), "10.9.0.1/32 has one address", "larger --subnet")
+		r.refused("CreateNetwork", onLAN(true, options, "10.9.0.0/24", "10.9.0.1", "fd00:9::1/128", "fd00:9::1"), "fd00:9::1/128 has one address")
+	}
+	r.must("CreateNetwork", onLAN(true, "{}", "10.9.0.0/31", "10.9.0.0", "", ""))
 }

@@ -30,6 +30,8 @@ func TestInterfaceName(t *testing.T) {
 		r.must("DeleteEndpoint", ids(net1, ep1))
 	}
 	for _, name := range []string{`"sixteen-bytes-12"`, `"a/b"`, `"."`, `7`} {
+		r.refused("CreateEndpoint", strings.Replace(named("10.1.0.2/24", name), "com.docker.network.endpoint.ifname", "ifname", 1),
+			"\"ifname\" is not known", "the interface's name is com.docker.network.endpoint.ifname")
 		r.refused("CreateEndpoint", named("10.1.0.2/24", name), "endpoint option com.docker.network.endpoint.ifname", "is not an interface name")
 	}
 

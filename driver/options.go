@@ -261,7 +261,7 @@ const engineKeys = "com.docker.network."
 func parseEndpointOptions(mode string, raw map[string]any) (ifName string, err error) {
 	for _, key := range slices.Sorted(maps.Keys(raw)) {
 		if !strings.HasPrefix(key, engineKeys) {
-			return "", fmt.Errorf("endpoint option %q is not known: mode %s has none; options of a network are given when it is created, with -o", clip(key), mode)
+			return "", fmt.Errorf("endpoint option %q is not known: mode %s has none; the interface's name is %s; options of a network are given when it is created, with -o", clip(key), mode, plugin.OptionIfName)
 		}
 	}
 	v, ok := raw[plugin.OptionIfName]

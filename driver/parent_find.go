@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/netip"
 	"strconv"
 	"strings"
 
@@ -13,6 +14,9 @@ import (
 // vlanParts are the links that a parent's name stands for, the lowest first:
 // eth0.10.20 is VLAN 20 in VLAN 10 of eth0.
 func vlanParts(name string) ([]datapath.Parent, error) {
+	if _, err := netip.ParseAddr(name); err == nil {
+		return nil, fmt.Errorf("parent %s: name an interface, not an address: ip -br addr shows which has it", name)
+	}
 	parts := strings.Split(name, ".")
 	list := []datapath.Parent{{Name: parts[0]}}
 	for i, p := range parts[1:] {

@@ -122,6 +122,7 @@ func TestParentRefused(t *testing.T) {
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0.x"}`, []string{"eth0.x", "VLAN ID"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0.4095"}`, []string{"4095", "1 to 4094"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"eth0.1.2.3"}`, []string{"more than two VLAN tags"}},
+		{"10.2.0.0/24", `{"mode":"macvlan","parent":"192.168.1.10"}`, []string{"parent 192.168.1.10: name an interface, not an address"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"down0.5"}`, []string{"VLAN on down0", "is down", "ip link set down0 up"}},
 		{"10.2.0.0/24", `{"mode":"ipvlan","parent":"port0"}`, []string{"port0 is a port of br0", "parent=br0", "bridge=br0"}},
 		{"10.2.0.0/24", `{"mode":"macvlan","parent":"lo"}`, []string{"loopback"}},
@@ -262,6 +263,11 @@ func TestProbe(t *testing.T) {
 		if err := r.d.Vet(t.Context(), pool, taken); err == nil || !strings.Contains(err.Error(), "02:11:22:33:44:55") || !strings.Contains(err.Error(), "probe=false") {
 			t.Errorf("taken: %v", err)
 		}
+		r.host.addressed = map[string][]netip.Prefix{"eth9": {netip.PrefixFrom(taken, 24)}}
+		if err := r.d.Vet(t.Context(), pool, taken); err == nil || !strings.Contains(err.Error(), "this host's own, on eth9") || strings.Contains(err.Error(), "probe=false") {
+			t.Errorf("the host's own: %v", err)
+		}
+		r.host.addressed = nil
 		if err := r.d.Vet(t.Context(), netip.MustParsePrefix("10.1.0.0/25"), taken); err != nil {
 			t.Errorf("another pool: %v", err)
 		}
@@ -274,7 +280,7 @@ func TestProbe(t *testing.T) {
 		}
 		r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
 		delete(r.host.holders, free)
-		if n := len(r.host.probes); n != 3 {
+		if n := len(r.host.probes); n != 4 {
 			t.Errorf("%s: %d probes: %v", options, n, r.host.probes)
 		}
 		r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)

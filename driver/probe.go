@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 	"time"
 )
 
@@ -99,6 +100,9 @@ func (d *Driver) vet(ctx context.Context, n *network, a netip.Addr) error {
 		return nil
 	}
 	if taken {
+		if name := d.ownAddress(ctx, a); name != "" {
+			return fmt.Errorf("address %s is this host's own, on %s: take another", a, name)
+		}
 		return fmt.Errorf("address %s is in use on the LAN: %s answers for it on %s; take another, or make the network with -o probe=false", a, mac, link)
 	}
 	d.mu.Lock()
@@ -110,6 +114,20 @@ func (d *Driver) vet(ctx context.Context, n *network, a netip.Addr) error {
 	}
 	n.vetted[a] = now
 	return nil
+}
+
+// ownAddress is the interface on which the host has the address, "" if there is none.
+func (d *Driver) ownAddress(ctx context.Context, a netip.Addr) string {
+	links, err := d.host.Addressed(ctx)
+	if err != nil {
+		return "" // it only makes the refusal say more
+	}
+	for name, list := range links {
+		if slices.ContainsFunc(list, func(p netip.Prefix) bool { return p.Addr() == a }) {
+			return name
+		}
+	}
+	return ""
 }
 
 // vetEndpoint asks for the addresses of an endpoint that is about to be made;
