@@ -116,7 +116,7 @@ func TestRangeInAnOldRecord(t *testing.T) {
 
 func TestTooManyPorts(t *testing.T) {
 	r := newPortsRig(t, "")
-	r.refused("ProgramExternalConnectivity", program(net1, ep1, bindings("", 10000, 10000, 40000)...), "publish 40000 ports", "at most 32768")
+	r.refused("ProgramExternalConnectivity", program(net1, ep1, bindings("", 10000, 10000, 33000)...), "publish 33000 ports", "at most 32768")
 	var list []string
 	for i := range uint16(3000) {
 		list = append(list, binding(17, 10000+i, "", 0, 0))
