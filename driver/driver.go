@@ -236,7 +236,7 @@ func (d *Driver) endpointState(n *network, e *endpoint) datapath.State {
 	}
 	s := d.backends[n.rec.Mode].Endpoint(n.rec, e.rec)
 	if e.yields {
-		s.Sockets = without(datapath.State{Sockets: s.Sockets}, datapath.State{Sockets: e.rec.fallbacks()}).Sockets
+		s = s.Minus(e.rec.fallbacks())
 	}
 	if e.rec.Left {
 		// The engine moves a sub-interface back to the host and then asks for

@@ -22,9 +22,9 @@ func (p PublishedPort) isFallback() bool {
 	return p.Host.IsValid() && p.Host.Addr().Is6() && p.Container.Addr().Is4()
 }
 
-// fallbacks are the sockets of such ports.
-func (e Endpoint) fallbacks() []datapath.Socket {
-	return published(filter(e.Ports, PublishedPort.isFallback), nil).Sockets
+// fallbacks is what such ports are in the kernel.
+func (e Endpoint) fallbacks() datapath.State {
+	return published(filter(e.Ports, PublishedPort.isFallback), nil)
 }
 
 // noteFallback enters what the record says into the table, or takes it out. d.mu is
@@ -110,7 +110,7 @@ func (d *Driver) takeOver(ctx context.Context, networkID, endpointID string) (to
 		if !d.yield(f, endpointID) {
 			return nil
 		}
-		return d.kernel.Remove(ctx, datapath.State{Sockets: e.rec.fallbacks()})
+		return d.kernel.Remove(ctx, e.rec.fallbacks())
 	})
 }
 
@@ -129,7 +129,7 @@ func (d *Driver) giveBack(ctx context.Context, endpointID string, sandbox string
 		if !d.yield(f, "") || e.rec.Left || e.gone {
 			return nil
 		}
-		_, err := d.kernel.Ensure(ctx, datapath.State{Sockets: e.rec.fallbacks()})
+		_, err := d.kernel.Ensure(ctx, e.rec.fallbacks())
 		return err
 	})
 	if err != nil { // the next pass tries again

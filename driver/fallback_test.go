@@ -6,6 +6,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/weftnet/weft/internal/datapath"
 )
 
 const ep6 = "e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6e6"
@@ -25,6 +27,35 @@ func newTwoFamiliesRig(t *testing.T) *rig {
 // withoutIPv6 is a call that says that another endpoint is the way out for IPv6.
 func withoutIPv6(call string) string {
 	return strings.Replace(call, `"Options":{`, `"Options":{"`+optionNoProxy6To4+`":true,`, 1)
+}
+
+// proxiedPorts are what internal networks are kept from.
+func (r *rig) proxiedPorts() (n int) { return strings.Count(r.kernel.text(), " proxied { ") }
+
+// What only the proxy serves is said to the firewall, and only while it is so.
+func TestFallbackIsClosedToInternalNetworks(t *testing.T) {
+	r := newTwoFamiliesRig(t)
+	if text := r.kernel.text(); !strings.Contains(text, "proxied { ::/0 . tcp . 8080 }") || r.proxiedPorts() != 1 {
+		t.Errorf("not closed:\n%s", text)
+	}
+	r.joinSixth(sandboxKey)
+	r.must("ProgramExternalConnectivity", program(net2, ep6, binding(6, 80, "", 8080, 8080)))
+	if r.proxiedPorts() != 0 {
+		t.Errorf("closed although it is translated:\n%s", r.kernel.text())
+	}
+	r.must("Leave", ids(net2, ep6))
+	if r.proxiedPorts() != 1 {
+		t.Errorf("not closed again:\n%s", r.kernel.text())
+	}
+	r.idle()
+	r.must("RevokeExternalConnectivity", ids(net1, ep1))
+	if r.proxiedPorts() != 0 {
+		t.Errorf("left behind:\n%s", r.kernel.text())
+	}
+	one := PublishedPort{Proto: datapath.TCP, Host: netip.MustParseAddrPort("[fd00::1]:80"), Container: netip.MustParseAddrPort("10.1.0.2:8080")}
+	if e := published([]PublishedPort{one}, nil).Elements; len(e) != 1 || e[0].Net != netip.MustParsePrefix("fd00::1/128") {
+		t.Errorf("one address: %v", e)
+	}
 }
 
 func (r *rig) joinSixth(sandbox string) {

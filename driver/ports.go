@@ -36,22 +36,30 @@ func published(ports []PublishedPort, trusted []string) datapath.State {
 		}
 		s.Sockets = append(s.Sockets, datapath.Socket{Proto: p.Proto, Host: p.Host, To: p.Container, More: p.More})
 		at := p.Host.Addr()
-		if at.Is4() != p.Container.Addr().Is4() || at == netip.IPv6Loopback() {
-			continue // not translatable: the socket's proxy passes it on
+		switch { // not translatable: the socket's proxy passes it on
+		case at == netip.IPv6Loopback():
+			continue
+		case at.Is4() != p.Container.Addr().Is4():
+			s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetProxied, Net: p.at(), Proto: p.Proto, Port: p.Host.Port(), More: p.More})
+			continue
 		}
 		s.Elements = append(s.Elements, p.translation()...)
 	}
 	return s
 }
 
+// at is the host's address as a subnet: one, or all.
+func (p PublishedPort) at() netip.Prefix {
+	if a := p.Host.Addr(); a.IsUnspecified() {
+		return familyOf(a).all()
+	}
+	return single(p.Host.Addr())
+}
+
 // translation leads from the host's ports to the container's. The kernel knows no
 // distance between ports: a range that does not keep its numbers is one by one.
 func (p PublishedPort) translation() []datapath.Element {
-	net := single(p.Host.Addr())
-	if p.Host.Addr().IsUnspecified() {
-		net = familyOf(p.Host.Addr()).all()
-	}
-	e := datapath.Element{Set: datapath.SetPublished, Net: net, Proto: p.Proto, Port: p.Host.Port(), To: p.Container.Addr()}
+	e := datapath.Element{Set: datapath.SetPublished, Net: p.at(), Proto: p.Proto, Port: p.Host.Port(), To: p.Container.Addr()}
 	if p.More > 0 && p.keeps() {
 		e.More = p.More
 		return []datapath.Element{e}

@@ -105,7 +105,9 @@ func (d *Driver) unnamed(stray datapath.State) (unclaimed, rest datapath.State) 
 	if len(unclaimed.Veths)+len(unclaimed.Children) == 0 {
 		// There is no container left that ports could lead to.
 		unclaimed.Sockets = nil
-		unclaimed.Elements = slices.DeleteFunc(unclaimed.Elements, func(e datapath.Element) bool { return e.Set == datapath.SetPublished })
+		unclaimed.Elements = slices.DeleteFunc(unclaimed.Elements, func(e datapath.Element) bool {
+			return e.Set == datapath.SetPublished || e.Set == datapath.SetProxied
+		})
 	}
 	rest = without(stray, unclaimed)
 	rest.Elements = stray.Minus(unclaimed).Elements // another value of the same key is another element

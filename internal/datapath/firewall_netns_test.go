@@ -24,6 +24,9 @@ func sample() []Element {
 		{Set: SetPass, Link: "fifteen-letters", Out: "x"},
 		{Set: SetInternal, Link: "wfi"},
 		{Set: SetTunnels, Port: 4793},
+		{Set: SetProxied, Net: anyHost[1], Proto: TCP, Port: 80},
+		{Set: SetProxied, Net: netip.MustParsePrefix("fd00::1/128"), Proto: UDP, Port: 80},
+		{Set: SetProxied, Net: anyHost[1], Proto: UDP, Port: 90, More: 9},
 		{Set: SetMasquerade, Net: netip.MustParsePrefix("10.0.0.0/24")},
 		{Set: SetMasquerade, Net: netip.MustParsePrefix("10.0.1.0/24")}, // adjacent
 		{Set: SetMasquerade, Net: netip.MustParsePrefix("10.0.4.0/22")},
@@ -394,6 +397,7 @@ func TestFirewallListing(t *testing.T) {
 		"type filter hook forward priority filter - 1; policy accept;",
 		"iifname @bridges iifname != @internal iifname . iifname != @pass return",
 		"iifname . oifname @pass goto ok",
+		"iifname @internal ip6 daddr . meta l4proto . th dport @proxied_range6 drop",
 		"oifname . ip6 daddr @attached6 goto ok",
 		`meta iifkind "bridge" iifname != @uplinks accept`,
 		"ct state established,related goto ok",

@@ -159,6 +159,10 @@ func prerouting() []rule {
 		// ports that others publish, through the proxy.
 		in("input", isIn("internal", iif), isByte(l4proto, unix.IPPROTO_TCP), isV6LinkLocal(), drop()),
 		in("input", isIn("internal", iif), isByte(l4proto, unix.IPPROTO_UDP), isV6LinkLocal(), drop()),
+		// And by any other address, at those that nothing translates.
+		in("input", isIn("internal", iif), family(true), isIn("proxied_any6", l4proto, dport), drop()),
+		in("input", isIn("internal", iif), family(true), isIn("proxied6", daddr(true), l4proto, dport), drop()),
+		in("input", isIn("internal", iif), family(true), isIn("proxied_range6", daddr(true), l4proto, dport), drop()),
 	}
 	rs = append(rs,
 		// A bridge that does not pass to itself has isolated ports (ICC off).

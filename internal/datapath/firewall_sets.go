@@ -85,6 +85,12 @@ func setDefs() []setDef {
 			setDef{set: SetPublished, v6: v6, ranged: true, key: []field{fieldSubnet, fieldProto, fieldPorts}, data: []field{fieldTo}},
 		)
 	}
+	// IPv4 is never served by the proxy alone.
+	defs = append(defs,
+		setDef{set: SetProxied, v6: true, key: []field{fieldHost, fieldProto, fieldPort}},
+		setDef{set: SetProxied, v6: true, any: true, key: []field{fieldProto, fieldPort}},
+		setDef{set: SetProxied, v6: true, ranged: true, key: []field{fieldSubnet, fieldProto, fieldPorts}},
+	)
 	for i := range defs {
 		defs[i].id = uint32(i) + 1
 	}
@@ -135,7 +141,7 @@ func lookupOf(e Element) lookup {
 	case e.Set == setGuard: // one set for both families
 	case e.Net.IsValid():
 		l.v6 = e.Net.Addr().Is6()
-		l.any = e.Set == SetPublished && e.Net.Bits() == 0 && e.More == 0
+		l.any = (e.Set == SetPublished || e.Set == SetProxied) && e.Net.Bits() == 0 && e.More == 0
 	}
 	return l
 }

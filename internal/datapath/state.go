@@ -226,6 +226,7 @@ const (
 	SetHairpin    Set = "hairpin"    // Net, Link: subnet and its bridge; translated destinations inside get the bridge's source address
 	SetHome       Set = "home"       // Net, Link: subnet and its bridge that is not ours; what leaves by it keeps its source address
 	SetPublished  Set = "published"  // Net (host address, or 0.0.0.0/0, ::/0 for all), Proto, Port, To, ToPort; without ToPort for a range
+	SetProxied    Set = "proxied"    // Net (IPv6 host address, or ::/0 for all), Proto, Port: a port whose proxy serves it, not translation; closed to internal networks
 	SetAttached   Set = "attached"   // Link, Net (host): an endpoint on a bridge that is not ours, or reached by the host's own sub-interface
 	SetSwitched   Set = "switched"   // Link: a bridge that the host neither routes nor has an address on; its frames are not tracked, and none is for the host
 	SetTunnels    Set = "tunnels"    // Port: UDP port of tunnels; what comes to the host by it is from a member
@@ -243,8 +244,8 @@ type Element struct {
 	Net   netip.Prefix
 	Proto Proto
 	Port  uint16
-	// More is how many ports follow Port: a range in the sets published, exposed
-	// and trusted. Ports that are published as a range keep their numbers.
+	// More is how many ports follow Port: a range in the sets published, proxied,
+	// exposed and trusted. Ports that are published as a range keep their numbers.
 	More   uint16
 	To     netip.Addr
 	ToPort uint16
