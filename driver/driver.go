@@ -412,6 +412,9 @@ func (d *Driver) adoptBridge(ctx context.Context, rec *Network, old *network) er
 		if slices.ContainsFunc(have.Bridges, func(b datapath.Bridge) bool { return b.Name == name }) {
 			return nil
 		}
+		if err := d.refuseAutomaticOn(link, *rec); err != nil {
+			return err
+		}
 		d.log.WithField("network", rec.ID).Infof("bridge %s exists already: used as it is", name)
 	} else if old.rec.Options.Bridge != name {
 		return nil

@@ -170,7 +170,7 @@ func (d *Driver) replaceGuess(n Network, s *Subnet, own netip.Addr) {
 // station there would know what to do with its addresses.
 func (d *Driver) refuseAutomatic(n Network, s Subnet, typed bool, l surroundingLAN) error {
 	lan := l.subnet(ipv4)
-	if !n.onParent() || n.Internal || n.Options.Egress == EgressNone || !s.Pool.Addr().Is4() || !lan.IsValid() || s.Pool.Overlaps(lan) {
+	if n.Internal || n.Options.Egress == EgressNone || !s.Pool.Addr().Is4() || !lan.IsValid() || l.overlaps(s.Pool) {
 		return nil
 	}
 	automatic, _, ours := d.chosen(s.Pool, s.Gateway.Addr())
@@ -181,11 +181,47 @@ func (d *Driver) refuseAutomatic(n Network, s Subnet, typed bool, l surroundingL
 		return nil
 	}
 	gateway := "ADDRESS, that of the LAN's router"
-	if r := l.router(lan); r.IsValid() {
-		gateway = r.String()
+	router := l.router(lan)
+	if router.IsValid() {
+		gateway = router.String()
 	}
-	return fmt.Errorf("subnet %s was chosen automatically, but parent %s is in %s: add --subnet %s --gateway %s; or, for addresses from the LAN's DHCP server, --ipam-driver weft:latest --ipam-opt dhcp=%s",
-		s.Pool, l.Name, lan, lan, gateway, l.Name)
+	lease := fmt.Sprintf("; or, for addresses from the LAN's DHCP server, --ipam-driver weft:latest --ipam-opt dhcp=%s", l.Name)
+	if n.onParent() {
+		return fmt.Errorf("subnet %s was chosen automatically, but parent %s is in %s: add --subnet %s --gateway %s%s", s.Pool, l.Name, lan, lan, gateway, lease)
+	}
+	if !router.IsValid() { // the host itself, as on a bridge of containers
+		gateway, lease = l.own(lan).String(), ""
+	}
+	// Our IPAM asks who is there; that of the engine refuses a subnet of its own twice.
+	return fmt.Errorf("subnet %s was chosen automatically, but bridge %s is in %s: add --ipam-driver weft:latest --subnet %s --gateway %s%s",
+		s.Pool, l.Name, lan, lan, gateway, lease)
+}
+
+// overlaps reports whether the host has an address in the subnet, or in a part of it.
+func (l surroundingLAN) overlaps(p netip.Prefix) bool {
+	return slices.ContainsFunc(l.Addrs, func(a netip.Prefix) bool { return a.Masked().Overlaps(p) })
+}
+
+// own is the host's address in a subnet.
+func (l surroundingLAN) own(in netip.Prefix) netip.Addr {
+	for _, a := range l.Addrs {
+		if a.Masked() == in {
+			return a.Addr()
+		}
+	}
+	return netip.Addr{}
+}
+
+// refuseAutomaticOn is refuseAutomatic for a bridge that was there already under the
+// name that the network's own was to have.
+func (d *Driver) refuseAutomaticOn(link datapath.LinkFacts, n Network) error {
+	for _, s := range n.Subnets {
+		_, typed := d.typed(s, false)
+		if err := d.refuseAutomatic(n, s, typed, surroundingLAN{LinkFacts: link}); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // checkOwnGateway refuses the host itself as gateway: what hangs on a parent does not

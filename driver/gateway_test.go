@@ -79,6 +79,14 @@ func TestLANGateway(t *testing.T) {
 		{name: "automatic subnet without a parent", options: `{"mode":"macvlan"}`, ipam: automatic, pool: "172.16.3.0/24", gateway: "172.16.3.1", want: "172.16.3.1/24"},
 		{name: "automatic subnet, routed by the parent", options: `{"mode":"ipvlan","parent":"eth0","ipvlan_mode":"l3"}`, ipam: automatic, pool: "172.16.3.0/24", gateway: "172.16.3.1", want: "172.16.3.1/24"},
 		{name: "existing bridge, guessed", options: `{"bridge":"br0"}`, routers: []string{"10.8.0.254"}, ipam: guessed, pool: "10.8.0.0/24", gateway: "10.8.0.1", want: "10.8.0.254/24"},
+		{name: "existing bridge, automatic subnet", options: `{"bridge":"br0"}`, ipam: automatic, pool: "172.16.3.0/24", gateway: "172.16.3.1",
+			refused: []string{"172.16.3.0/24", "bridge br0 is in 10.8.0.0/24", "add --ipam-driver weft:latest --subnet 10.8.0.0/24 --gateway 10.8.0.2"}},
+		{name: "existing bridge, engine 28's automatic subnet", modern: true, options: `{"bridge":"br0"}`, routers: []string{"10.8.0.254"}, pool: "172.18.0.0/16",
+			refused: []string{"172.18.0.0/16", "bridge br0 is in 10.8.0.0/24", "--subnet 10.8.0.0/24 --gateway 10.8.0.254", "--ipam-opt dhcp=br0"}},
+		{name: "existing bridge, engine 20's automatic subnet", options: `{"bridge":"br0"}`, pool: "172.18.0.0/16", gateway: "172.18.0.1", refused: []string{"bridge br0 is in 10.8.0.0/24"}},
+		{name: "existing bridge by the built-in's option, automatic subnet", options: `{"com.docker.network.bridge.name":"br0"}`, ipam: automatic, pool: "172.16.3.0/24", gateway: "172.16.3.1",
+			refused: []string{"bridge br0 is in 10.8.0.0/24", "--subnet 10.8.0.0/24"}},
+		{name: "existing bridge, another subnet typed", options: `{"bridge":"br0"}`, ipam: typed, pool: "172.16.3.0/24", gateway: "172.16.3.1", want: "172.16.3.1/24"},
 		{name: "existing bridge without a router", options: `{"bridge":"br0"}`, ipam: guessed, pool: "10.8.0.0/24", gateway: "10.8.0.1", want: "10.8.0.1/24"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
