@@ -35,6 +35,24 @@ func TestInterfaceName(t *testing.T) {
 		r.refused("CreateEndpoint", named("10.1.0.2/24", name), "endpoint option com.docker.network.endpoint.ifname", "is not an interface name")
 	}
 
+	// A misspelt one is not taken for an engine's own, nor an engine's for that.
+	for key, near := range map[string]string{
+		"com.docker.network.endpoint.ifnane": "com.docker.network.endpoint.ifname", "com.docker.network.endpoint.ifname ": "com.docker.network.endpoint.ifname",
+		"com.docker.network.endpoint.IfName": "com.docker.network.endpoint.ifname", "com.docker.network.endpoints.ifname": "com.docker.network.endpoint.ifname",
+		"com.docker.network.endpoint.sysctl": "com.docker.network.endpoint.sysctls", "com.docker.network.endpoint.macadress": "com.docker.network.endpoint.macaddress",
+	} {
+		r.refused("CreateEndpoint", strings.Replace(named("10.1.0.2/24", `"lan0"`), "com.docker.network.endpoint.ifname", key, 1),
+			fmt.Sprintf("endpoint option %q is not known: did you mean %q?", key, near))
+	}
+	for _, key := range []string{
+		"com.docker.network.endpoint.sysctls", "com.docker.network.endpoint.macaddress", "com.docker.network.endpoint.name",
+		"com.docker.network.endpoint.exposedports", "com.docker.network.portmap", "com.docker.network.driver.private.no_proxy_6to4",
+		"com.docker.network.endpoint.bandwidth", // of an engine to come
+	} {
+		r.must("CreateEndpoint", strings.Replace(named("10.1.0.2/24", `null`), "com.docker.network.endpoint.ifname", key, 1))
+		r.must("DeleteEndpoint", ids(net1, ep1))
+	}
+
 	r.restart()
 	r.log.Reset()
 	var said []string

@@ -256,12 +256,22 @@ func (s *settings) apply(mode, key, value string, typed bool) error {
 // user.
 const engineKeys = "com.docker.network."
 
+// endpointKeys are what engines send for an endpoint, or have their users type. What
+// is far from all of them is an engine's that is newer than this.
+var endpointKeys = []string{
+	plugin.OptionIfName, plugin.OptionMACAddress, plugin.OptionEndpointName, plugin.OptionExposedPorts, plugin.OptionPortMap,
+	"com.docker.network.endpoint.sysctls", optionNoProxy6To4,
+}
+
 // parseEndpointOptions reads what a user gave with --driver-opt: the interface's
 // name. No mode has an option of its own yet.
 func parseEndpointOptions(mode string, raw map[string]any) (ifName string, err error) {
 	for _, key := range slices.Sorted(maps.Keys(raw)) {
 		if !strings.HasPrefix(key, engineKeys) {
 			return "", fmt.Errorf("endpoint option %q is not known: mode %s has none; the interface's name is %s; options of a network are given when it is created, with -o", clip(key), mode, plugin.OptionIfName)
+		}
+		if near := plugin.Within(2, key, endpointKeys); near != "" {
+			return "", fmt.Errorf("endpoint option %q is not known: did you mean %q?", clip(key), near)
 		}
 	}
 	v, ok := raw[plugin.OptionIfName]

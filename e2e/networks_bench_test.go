@@ -13,7 +13,7 @@ import (
 func BenchmarkManyNetworks(b *testing.B) {
 	const networks, rounds = 20, 3
 	e := newEngine(b, nil)
-	e.installPlugin(b)
+	e.installPlugin(b, "LOG_LEVEL=info") // as people have it
 	for i := range networks {
 		e.must(b, "network", "create", "-d", builtin, "--subnet", fmt.Sprintf("10.201.%d.0/24", i), fmt.Sprintf("theirs%d", i))
 		e.oursNetwork(b, fmt.Sprintf("ours%d", i), "--subnet", fmt.Sprintf("10.202.%d.0/24", i))

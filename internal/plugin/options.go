@@ -27,6 +27,20 @@ func Nearest(name string, valid []string) string {
 	return best
 }
 
+// Within returns which of the valid names is at most so many edits away, and not the
+// name itself; "" if none is, or the name is one of them.
+func Within(most int, name string, valid []string) string {
+	if slices.Contains(valid, name) {
+		return ""
+	}
+	for _, v := range valid {
+		if edits(strings.ToLower(name), v) <= most {
+			return v
+		}
+	}
+	return ""
+}
+
 // edits is the Levenshtein distance, in bytes; a and b are cut so that
 // nobody pays for a name of a megabyte.
 func edits(a, b string) int {

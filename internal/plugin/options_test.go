@@ -22,3 +22,15 @@ func TestNearest(t *testing.T) {
 		t.Errorf("of nothing: %q", got)
 	}
 }
+
+// TestWithin: a name that is right, or far from all, is nobody's misspelling.
+func TestWithin(t *testing.T) {
+	valid := []string{"ifname", "name"}
+	for name, want := range map[string]string{
+		"ifname": "", "name": "", "ifnmae": "ifname", "IFNAME": "ifname", "fname": "ifname", "nam": "name", "bandwidth": "", "": "",
+	} {
+		if got := plugin.Within(2, name, valid); got != want {
+			t.Errorf("%q: %q, want %q", name, got, want)
+		}
+	}
+}

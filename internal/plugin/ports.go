@@ -106,7 +106,7 @@ func (o *ContainerOptions) UnmarshalJSON(b []byte) error {
 	for key, value := range raw {
 		var v any = value
 		switch key {
-		case optionExposedPorts:
+		case OptionExposedPorts:
 			continue
 		case OptionPortMap:
 		default:

@@ -45,9 +45,9 @@ const (
 	OptionEnableIPv4 = "com.docker.network.enable_ipv4" // from 28.0; absent means true
 	OptionEnableIPv6 = "com.docker.network.enable_ipv6"
 	OptionInternal   = "com.docker.network.internal"
-	OptionPortMap    = "com.docker.network.portmap" // read by ParsePortMap
-
-	optionExposedPorts = "com.docker.network.endpoint.exposedports"
+	// ParsePortMap reads these two.
+	OptionPortMap      = "com.docker.network.portmap"
+	OptionExposedPorts = "com.docker.network.endpoint.exposedports"
 	// OptionMACAddress is base64 in CreateEndpoint, where Interface.MacAddress
 	// says the same; it is text in RequestAddress.
 	OptionMACAddress = "com.docker.network.endpoint.macaddress"
