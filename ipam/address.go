@@ -115,6 +115,9 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 			}
 		}
 		if r.want.IsValid() {
+			if err := p.reservedGateway(r); err != nil {
+				return netip.Prefix{}, false, err
+			}
 			a = r.want
 			again, err = i.explicit(ctx, p, r)
 		} else {
@@ -123,7 +126,12 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 		if err == nil && r.kind == kindGateway && !r.want.IsValid() {
 			p.mu.Lock()
 			p.guess = a
+			first, _ := r.id.auto()
+			name := p.reservedFor[first]
 			p.mu.Unlock()
+			if name != "" {
+				i.log.WithField("pool", r.id.String()).Infof("gateway %s: %s is reserved for %s", a, first, name)
+			}
 		}
 		if err == nil {
 			if !again {
@@ -137,6 +145,19 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 		}
 	}
 	return netip.Prefix{}, false, fmt.Errorf("address in pool %s: %w", r.id.prefix, errPoolGone)
+}
+
+// reservedGateway refuses a gateway whose address a container is to have. One that
+// is there already stays.
+func (p *pool) reservedGateway(r addressRequest) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	name := p.reservedFor[r.want]
+	if r.kind != kindGateway || name == "" || p.taken.has(r.want) {
+		return nil
+	}
+	return fmt.Errorf("gateway %s of pool %s is reserved for %s: give another --gateway, or another address with --ipam-opt reserve.%s=",
+		r.want, p.prefix, name, name)
 }
 
 // agreed returns the gateway that the hosts of a space have given a pool, if
