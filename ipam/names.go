@@ -44,7 +44,7 @@ var task = regexp.MustCompile(`^(.+\.(?:[0-9]+|[0-9a-z]{25}))\.[0-9a-z]{25}$`)
 // a name: itself. No container's name has a space.
 func fixedName(a netip.Addr) string { return fixedPrefix + a.String() }
 
-const fixedPrefix = "--ip "
+const fixedPrefix = NoName + " "
 
 // asked reports whether an address is kept for who asks for it by number; p.mu is
 // held.

@@ -50,7 +50,7 @@ func (s PoolStatus) Shared() bool { return strings.HasPrefix(s.ID, spaceOption) 
 
 // NameStatus is a name that has an address in a pool.
 type NameStatus struct {
-	// Name is that of a container, or --ip: who had the address had asked for it
+	// Name is that of a container, or NoName: who had the address had asked for it
 	// by number, and its name is not known.
 	Name    string     `json:"name"`
 	Address netip.Addr `json:"address"`
@@ -63,6 +63,9 @@ type NameStatus struct {
 	Host     string    `json:"host,omitempty"` // that has it, where it is not this one
 	Released time.Time `json:"released,omitzero"`
 }
+
+// NoName stands for the name of who asked for an address by number.
+const NoName = "--ip"
 
 // DHCPStatus is what there is to know of leases.
 type DHCPStatus struct {
@@ -155,7 +158,7 @@ func (p *pool) nameStatus() []NameStatus {
 	for _, b := range p.byName {
 		name := b.name
 		if strings.HasPrefix(name, fixedPrefix) {
-			if name = strings.TrimSpace(fixedPrefix); p.taken.has(b.Address) {
+			if name = NoName; p.taken.has(b.Address) {
 				continue // as any other that is in use
 			}
 		}

@@ -176,20 +176,44 @@ func (d document) networks() [][]string {
 }
 
 func (d document) endpoints() [][]string {
-	rows := [][]string{{"ENDPOINT", "NETWORK", "ADDRESSES", "MAC", "LINK", "STATE", "PORTS"}}
+	rows, names := [][]string{{"ENDPOINT", "NAME", "NETWORK", "ADDRESSES", "MAC", "LINK", "STATE", "PORTS"}}, d.holders()
 	for _, e := range d.Endpoints {
-		var addrs, ports []string
+		var addrs, ports, name []string
 		for _, a := range e.Addrs {
 			addrs = append(addrs, a.Addr().String())
+			if n := names[a.Addr()]; n != "" && !slices.Contains(name, n) {
+				name = append(name, n)
+			}
 		}
 		for _, p := range e.Ports {
 			ports = append(ports, port(p))
 		}
 		rows = append(rows, []string{
-			short(e.ID), short(e.Network), list(addrs), orDash(e.MAC.String()), e.Link, e.State, list(ports),
+			short(e.ID), list(name), short(e.Network), list(addrs), orDash(e.MAC.String()), e.Link, e.State, list(ports),
 		})
 	}
 	return rows
+}
+
+// holders are the names of containers by the addresses that they have. No engine
+// tells a network driver any name; some tell an IPAM driver that of the container.
+func (d document) holders() map[netip.Addr]string {
+	names, twice := map[netip.Addr]string{}, map[netip.Addr]bool{}
+	add := func(a netip.Addr, name string) {
+		if have := names[a]; have != "" && have != name {
+			twice[a] = true // in two pools of the same subnet
+		}
+		names[a] = name
+	}
+	for _, p := range d.Pools {
+		for _, n := range p.Names {
+			if n.Held && n.Host == "" && n.Name != ipam.NoName {
+				add(n.Address, n.Name)
+			}
+		}
+	}
+	maps.DeleteFunc(names, func(a netip.Addr, _ string) bool { return twice[a] })
+	return names
 }
 
 // port prints a published port as `docker ps` does.

@@ -157,8 +157,8 @@ const wantNetworks = `NETWORK       MODE    VNI  LINK          SUBNETS          
 abababababab  bridge  -    wfababababab  10.1.0.0/24,fd00::/64  10.1.0.1,-  1500  driver  no        1          gateway_mode_ipv4=routed,host_access=true
 `
 
-const wantEndpoints = `ENDPOINT      NETWORK       ADDRESSES         MAC                LINK  STATE  PORTS
-cdababababab  abababababab  10.1.0.2,fd00::2  02:00:00:00:00:01  wfv1  up     0.0.0.0:8080->80/tcp,[fd00::2]:53/udp
+const wantEndpoints = `ENDPOINT      NAME  NETWORK       ADDRESSES         MAC                LINK  STATE  PORTS
+cdababababab  -     abababababab  10.1.0.2,fd00::2  02:00:00:00:00:01  wfv1  up     0.0.0.0:8080->80/tcp,[fd00::2]:53/udp
 `
 
 const wantPools = `POOL          SPACE       RANGE          GATEWAY    USED  ALL HOSTS  SIZE
@@ -192,6 +192,25 @@ func TestStatusText(t *testing.T) {
 	for _, part := range []string{"weft 1.0: serving\n\n" + wantNetworks + "\n" + wantEndpoints + "\n" + wantPools + "\n" + wantDrift} {
 		if code != 1 || !strings.Contains(out, part) {
 			t.Errorf("status: exit %d, %s got:\n%s\nwithout:\n%s", code, errs, out, part)
+		}
+	}
+}
+
+// A container's name is beside its endpoint where an engine told it.
+func TestStatusContainerNames(t *testing.T) {
+	a4, a6 := netip.MustParseAddr("10.1.0.2"), netip.MustParseAddr("fd00::2")
+	for want, names := range map[string][]ipam.NameStatus{
+		"web":  {{Name: "web", Address: a4, Held: true}, {Name: "db", Address: netip.MustParseAddr("10.1.0.3"), Held: true}},
+		"shop": {{Name: "shop", Address: a4, Held: true}, {Name: "shop", Address: a6, Held: true}},
+		"a,b":  {{Name: "a", Address: a4, Held: true}, {Name: "b", Address: a6, Held: true}},
+		"- ":   {{Name: "gone", Address: a4}, {Name: "--ip", Address: a6, Held: true}},
+		"-  ":  {{Name: "far", Address: a4, Held: true, Host: "beta"}},
+		"-   ": {{Name: "one", Address: a4, Held: true}, {Name: "two", Address: a4, Held: true}},
+	} {
+		doc := example()
+		doc.Pools[0].Names = names
+		if got := doc.endpoints()[1][1]; got != strings.TrimSpace(want) {
+			t.Errorf("%+v: %s, want %s", names, got, want)
 		}
 	}
 }
