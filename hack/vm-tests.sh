@@ -32,7 +32,7 @@ run() {
 }
 
 run internal/netnstest 'Kinds|Needs'
-run internal/datapath "${VM_RUN:-^(TestLAN(VLANs|Dummy|IPvlanAccess|KindsExclude|MacvlanAccess)|TestProbeOnParent|TestShortcut.*)\$}"
+run internal/datapath "${VM_RUN:-^(TestLAN(VLANs|VLANOfAnother|Dummy|IPvlanAccess|KindsExclude|MacvlanAccess)|TestProbeOnParent|TestShortcut.*)\$}"
 run driver "${VM_RUN:-^TestLANRealKernel\$/(ipvlan|VLAN|QinQ)}"
 run e2e "${VM_RUN:-^(TestLAN(ParityKinds|Parent)|TestLeaseKinds)\$/(vlan|VLAN)}"
 

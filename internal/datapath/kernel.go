@@ -441,8 +441,16 @@ func (k *Kernel) removeLinks(ctx context.Context, s State) error {
 	errs = append(errs, k.links.remove(ctx, veths), k.links.remove(ctx, children))
 	// A VLAN sub-interface may hang on one that is listed before it.
 	for _, p := range slices.Backward(s.Parents) {
-		if !p.Existing {
-			errs = append(errs, k.links.remove(ctx, []doomed{{p.Name, p.kind()}}))
+		switch {
+		case p.Existing:
+		case p.Lower == "":
+			errs = append(errs, k.links.remove(ctx, []doomed{{p.Name, kindDummy}}))
+		default:
+			kept, err := k.links.removeVLAN(ctx, p.Name)
+			errs = append(errs, err)
+			if kept {
+				k.log.Warnf("%s stays, others have sub-interfaces on it: it is the host's own from now on, and ip link del %s removes it", p.Name, p.Name)
+			}
 		}
 	}
 	return errors.Join(append(errs, k.links.remove(ctx, vxlans), k.links.remove(ctx, bridges))...)

@@ -333,3 +333,38 @@ func TestLANAnnounce(t *testing.T) {
 	}
 	wantError(t, k.Announce("none", lanAddr("192.0.2.5"), mac(5)), "none", "does not exist")
 }
+
+// What hangs on a link is seen in containers too, and asking leaves nothing behind.
+func TestLinkCarries(t *testing.T) {
+	k, host, _ := lanWorld(t)
+	lan, err := k.links.change.get("lan0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	carries := func(when string, want bool) {
+		t.Helper()
+		before := host.Exec("ip", "-d", "link", "show", "lan0")
+		got, err := k.links.carries(t.Context(), lan.index)
+		if err != nil || got != want {
+			t.Errorf("%s: carries %v, %v", when, got, err)
+		}
+		if after := host.Exec("ip", "-d", "link", "show", "lan0"); after != before {
+			t.Errorf("%s: lan0 was changed from %s to %s", when, before, after)
+		}
+		if out := host.Exec("ip", "-br", "link"); strings.Contains(out, "wft") {
+			t.Errorf("%s: left behind: %s", when, out)
+		}
+	}
+	carries("alone", false)
+	for _, mode := range []string{"bridge", "private", "vepa", "passthru"} {
+		host.Exec("ip", "link", "add", "link", "lan0", "name", "mv0", "type", "macvlan", "mode", mode)
+		carries(mode, true)
+		container := netnstest.New(t)
+		container.Take("mv0", "eth0", prefix("192.0.2.77/24"))
+		carries(mode+" in a container", true)
+		container.Exec("ip", "link", "del", "eth0")
+		carries(mode+" gone", false)
+	}
+	host.Exec("ip", "link", "add", "link", "lan0", "name", fmt.Sprintf("wft%d", lan.index), "group", fmt.Sprint(Group), "type", "macvlan", "mode", "passthru")
+	carries("interrupted before", false)
+}

@@ -131,3 +131,40 @@ func TestLANKindsExclude(t *testing.T) {
 	_, err = k.Ensure(t.Context(), State{Children: []Child{{Name: "wfb", Parent: "lan0", Kind: "macvlan", Mode: "passthru"}}})
 	wantError(t, err, "lan0", "passthru")
 }
+
+// A VLAN that one instance made stays as long as something of others is on it: it is
+// the host's then.
+func TestLANVLANOfAnother(t *testing.T) {
+	netnstest.Needs(t, "vlan")
+	for _, kind := range []string{"macvlan", "ipvlan", "vlan"} {
+		t.Run(kind, func(t *testing.T) {
+			netnstest.Needs(t, kind)
+			one, host, _ := lanWorld(t)
+			two := second(t, "other")
+			made := State{Parents: []Parent{{Name: "lan0.42", Lower: "lan0", VLAN: 42}}}
+			ensure(t, one, made)
+			theirs := State{Parents: []Parent{{Name: "lan0.42", Existing: true}}}
+			switch kind {
+			case "macvlan":
+				theirs.Children = []Child{{Name: "wfa", Parent: "lan0.42", Kind: kind, Mode: "bridge", MAC: mac(5)}}
+			case "ipvlan":
+				theirs.Children = []Child{{Name: "wfa", Parent: "lan0.42", Kind: kind, Mode: "l2", Flag: "bridge"}}
+			case "vlan":
+				theirs.Parents = append(theirs.Parents, Parent{Name: "lan0.42.7", Lower: "lan0.42", VLAN: 7})
+			}
+			ensure(t, two, theirs)
+			if kind != "vlan" {
+				netnstest.New(t).Take("wfa", "eth0", prefix("10.42.0.2/24"))
+			}
+			remove(t, one, made)
+			same(t, one, State{})
+			if out := host.Exec("ip", "-br", "link", "show", "lan0.42"); !strings.Contains(out, "lan0.42@lan0") {
+				t.Errorf("gone: %s", out)
+			}
+			if lines := ensure(t, two, theirs); kind == "vlan" && len(lines) != 0 {
+				t.Errorf("the other had to make %q", lines)
+			}
+			remove(t, two, theirs)
+		})
+	}
+}
