@@ -476,8 +476,8 @@ func (d *Driver) checkOthers(ctx context.Context, rec Network) error {
 func (d *Driver) inTheWay(rec Network, o *network) error {
 	for _, s := range rec.Subnets {
 		for _, t := range o.rec.Subnets {
-			// The LAN's subnet may be that of several networks on it: where its
-			// own DHCP server hands the addresses out, none is given twice.
+			// The LAN's subnet may be that of several networks on it: the IPAM,
+			// or the LAN's own DHCP server, gives no address twice.
 			sameLAN := s.Pool == t.Pool && rec.onLAN() != "" && rec.onLAN() == o.rec.onLAN()
 			if s.Pool.Overlaps(t.Pool) && !sameLAN {
 				return fmt.Errorf("subnet %s overlaps with one of network %s: choose another --subnet, %s", s.Pool, short(o.rec.ID), forgetHint(o.rec.ID))
@@ -635,7 +635,20 @@ func (d *Driver) Subnet(p netip.Prefix) (networkID string, ok bool) {
 	return "", false
 }
 
-// Used returns which addresses are in use by the network that has exactly this
+// Subnets returns how many networks have a subnet that overlaps with p.
+func (d *Driver) Subnets(p netip.Prefix) int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	n := 0
+	for _, o := range d.networks {
+		if !o.doomed && slices.ContainsFunc(o.rec.Subnets, func(s Subnet) bool { return s.Pool.Overlaps(p) }) {
+			n++
+		}
+	}
+	return n
+}
+
+// Used returns which addresses are in use by the networks that have exactly this
 // subnet, and what for: endpoints, its gateway, and its auxiliary addresses.
 func (d *Driver) Used(p netip.Prefix) (by func(netip.Addr) string, ok bool) {
 	d.mu.Lock()

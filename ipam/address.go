@@ -187,12 +187,12 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 	relisted, searched := !p.shared(), false
 	for {
 		p.mu.Lock()
-		p.adoptable = false
+		p.use(r.id.sub)
 		if p.closed {
 			p.mu.Unlock()
 			return netip.Addr{}, errPoolGone
 		}
-		if gw := p.gateway(); r.kind == kindGateway && gw.IsValid() && (p.space == GlobalSpace || p.adopted && !p.shared()) && p.busy[gw] == nil {
+		if gw := p.gateway(); r.kind == kindGateway && gw.IsValid() && (p.space == GlobalSpace || p.adopted && !p.shared() || len(p.parts) > 1) && p.busy[gw] == nil {
 			defer p.mu.Unlock()
 			p.stale.remove(gw)
 			return gw, nil // the network has its gateway already
@@ -302,7 +302,7 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) (again b
 	shared, asked := p.space == GlobalSpace, false
 	for {
 		p.mu.Lock()
-		p.adoptable = false
+		p.use(r.id.sub)
 		b := p.busy[r.want]
 		switch {
 		case p.closed:
@@ -317,7 +317,7 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) (again b
 				return false, fmt.Errorf("address %s of pool %s is still being written: %w", r.want, p.prefix, ctx.Err())
 			}
 		case b == nil && p.taken.has(r.want) && !p.foreign(r.want):
-			if p.stale.remove(r.want) || shared {
+			if p.stale.remove(r.want) || shared || r.kind == kindGateway && p.router(r.want) {
 				p.granted[r.want] = time.Now()
 				p.mu.Unlock()
 				return true, nil
@@ -473,7 +473,7 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 	for {
 		p.mu.Lock()
 		b := p.busy[a]
-		if p.closed || !p.taken.has(a) || p.foreign(a) || b != nil && b.queued {
+		if p.closed || !p.taken.has(a) || p.foreign(a) || p.router(a) || b != nil && b.queued {
 			p.mu.Unlock()
 			return nil
 		}

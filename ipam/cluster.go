@@ -150,7 +150,7 @@ func (s *shared) putPool(ctx context.Context, p *pool) error {
 	if err := s.forget(ctx, p.owed()); err != nil {
 		return err
 	}
-	m := member{Name: s.name, SubPool: p.sub, Nonce: rand.Text()}
+	m := member{Name: s.name, SubPool: p.parts[0].sub, Nonce: rand.Text()}
 	given, added := p.opts.raw, reservedTexts(p.added)
 	err := s.change(ctx, p.poolKey, func(t *table) (bool, error) {
 		for prefix, o := range t.Pools {

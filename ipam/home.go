@@ -37,6 +37,8 @@ type disk struct{ store records }
 type poolRecord struct {
 	Version int
 	SubPool netip.Prefix `json:",omitzero"`
+	// More are the ranges of further networks that share the pool.
+	More []netip.Prefix `json:",omitempty"`
 	// Options are those of the network, Reserved what was added to them by
 	// command: ADDRESS[,MAC] by name.
 	Options  map[string]string `json:",omitempty"`
@@ -57,7 +59,10 @@ func (d disk) putPool(ctx context.Context, p *pool) error {
 	if err := d.findRev(ctx, p); err != nil {
 		return err
 	}
-	rec := poolRecord{Version: recordVersion, SubPool: p.sub, Options: p.opts.raw, Reserved: reservedTexts(p.added), Created: time.Now().UTC()}
+	rec := poolRecord{Version: recordVersion, SubPool: p.parts[0].sub, Options: p.opts.raw, Reserved: reservedTexts(p.added), Created: time.Now().UTC()}
+	for _, o := range p.parts[1:] {
+		rec.More = append(rec.More, o.sub)
+	}
 	v, err := json.Marshal(rec)
 	if err != nil {
 		return err

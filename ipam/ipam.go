@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"sync"
 	"time"
@@ -32,6 +31,8 @@ type Config struct {
 	// Holder returns the ID of the network of our own driver that uses
 	// exactly this subnet. nil: there is no such driver.
 	Holder func(netip.Prefix) (networkID string, ok bool)
+	// Holders returns how many such networks there are. nil: one at most.
+	Holders func(netip.Prefix) int
 	// Vet asks the LAN of the network that has this subnet whether somebody
 	// holds the address; the error says who. nil: nobody is asked.
 	Vet func(ctx context.Context, pool netip.Prefix, a netip.Addr) error
@@ -67,6 +68,7 @@ type IPAM struct {
 	store  records
 	host   func(context.Context) ([]netip.Prefix, error)
 	holder func(netip.Prefix) (string, bool)
+	count  func(netip.Prefix) int
 	vet    func(context.Context, netip.Prefix, netip.Addr) error
 	used   func(netip.Prefix) (func(netip.Addr) string, bool)
 	far    func(netip.Prefix) func(netip.Addr) (string, bool)
@@ -107,9 +109,9 @@ type pool struct {
 	poolKey
 
 	mu     sync.Mutex
-	sub    netip.Prefix // of the last request for the pool
-	opts   poolOptions  // as well
-	rev    uint64       // of the record; 0 when a write of it had an unknown outcome
+	parts  []part      // never none
+	opts   poolOptions // of the last request; those of all where networks share the pool
+	rev    uint64      // of the record; 0 when a write of it had an unknown outcome
 	taken  occupancy
 	cursor netip.Addr // where the search for the next free address starts, with nextFit
 	// backs are the addresses that were given back last, in the order of that.
@@ -122,12 +124,10 @@ type pool struct {
 	gateways map[netip.Addr]uint64
 	// busy has the addresses, all of them taken, that are being written.
 	busy map[netip.Addr]*busy
-	// adoptable: read from disk and not used since, so perhaps its network was
-	// never made. stale: the addresses a pool had when it was adopted, each of
-	// which is granted once more.
-	adoptable bool
-	stale     addrSet
-	adopted   bool
+	// adopted: a network took over what none had. stale: the addresses that the
+	// pool had then, each of which is granted once more.
+	stale   addrSet
+	adopted bool
 	// Names that keep an address, by name and by address, and what is reserved:
 	// beside what the options say, what was added later.
 	byName      map[string]*binding
@@ -156,13 +156,13 @@ type pool struct {
 	// automatic: nobody typed the subnet. guess is the gateway that nobody typed.
 	automatic bool
 	guess     netip.Addr
-	releasing bool // ReleasePool came
+	releasing bool // all of it will go
 	closed    bool // no address is handed out any more; the pool will go
 }
 
 func newPool(id poolID) *pool {
 	return &pool{
-		poolKey: id.poolKey, sub: id.sub, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{},
+		poolKey: id.poolKey, parts: []part{{sub: id.sub}}, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{},
 		byName: map[string]*binding{}, byAddr: map[netip.Addr]*binding{}, added: map[string]reservation{},
 		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{}, leased: map[netip.Addr]*leased{}, keys: map[string]bool{},
 		asks: make(chan struct{}, extendAtOnce),
@@ -194,7 +194,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, vet: c.Vet, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, dhcp: c.DHCP, leases: make(chan struct{}, 1),
+		store: c.Store, host: c.Host, holder: c.Holder, count: c.Holders, vet: c.Vet, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, dhcp: c.DHCP, leases: make(chan struct{}, 1),
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]uint64{}, owed: map[string]bool{}},
 	}
@@ -203,6 +203,14 @@ func New(c Config) (*IPAM, error) {
 	}
 	if i.holder == nil {
 		i.holder = func(netip.Prefix) (string, bool) { return "", false }
+	}
+	if i.count == nil {
+		i.count = func(p netip.Prefix) int {
+			if _, held := i.holder(p); held {
+				return 1
+			}
+			return 0
+		}
 	}
 	if i.used == nil {
 		i.used = func(netip.Prefix) (func(netip.Addr) string, bool) { return nil, false }
@@ -276,15 +284,12 @@ func (i *IPAM) requestPool(ctx context.Context, r poolRequest) (poolID, error) {
 		return r.poolID, nil
 	}
 	if p := i.pool(r.poolKey); p != nil {
-		p.mu.Lock()
-		gone := p.releasing || p.closed
-		p.mu.Unlock()
-		if !gone {
-			return r.poolID, i.again(ctx, p, r)
-		}
-		// Its release failed or is just coming: finish it first.
-		if err := i.drop(ctx, p); err != nil {
+		// A release that failed or is just coming is finished first.
+		if err := i.leave(ctx, p); err != nil {
 			return poolID{}, err
+		}
+		if i.pool(r.poolKey) == p {
+			return r.poolID, i.again(ctx, p, r)
 		}
 	}
 	if err := i.displace(ctx, r.poolKey); err != nil {
@@ -355,19 +360,6 @@ func (i *IPAM) overlaps(k poolKey) (list []*pool) {
 	return list
 }
 
-// inUse says which pool is in the way of a wanted one.
-func (i *IPAM) inUse(want netip.Prefix, p *pool) error {
-	by, gone := "", ""
-	if id, ok := i.holder(p.prefix); ok && p.space == LocalSpace {
-		by = " by network " + short(id)
-		gone = fmt.Sprintf(" (if `docker network ls` does not show it: `weft network forget %s`)", short(id))
-	}
-	if want == p.prefix {
-		return fmt.Errorf("subnet %s is in use%s: choose another subnet, or remove the network that has it%s", want, by, gone)
-	}
-	return fmt.Errorf("subnet %s overlaps %s, which is in use%s: choose another subnet%s", want, p.prefix, by, gone)
-}
-
 // short is the form of an ID that docker network ls prints.
 func short(id string) string { return id[:min(len(id), 12)] }
 
@@ -405,80 +397,6 @@ func (i *IPAM) addPool(ctx context.Context, id poolID, o poolOptions) error {
 		i.fill(ctx, p)
 	}
 	return err
-}
-
-// again decides on a request for a pool that exists. The caller holds changes.
-func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
-	id, held := i.holder(p.prefix)
-	p.mu.Lock()
-	shared := p.space == GlobalSpace || held && swarm(id)
-	if !shared && (held || !p.adoptable) {
-		p.mu.Unlock()
-		return i.inUse(p.prefix, p)
-	}
-	same := p.sub == r.sub && maps.Equal(p.opts.raw, r.opts.raw) && (shared || len(p.added) == 0) && p.rev != 0
-	next := &pool{poolKey: p.poolKey, sub: r.sub, opts: r.opts, rev: p.rev}
-	if shared {
-		next.added = p.added
-	}
-	p.mu.Unlock()
-	if !same {
-		if err := i.home(p.poolKey).putPool(ctx, next); err != nil {
-			p.mu.Lock()
-			defer p.mu.Unlock()
-			p.rev = 0
-			return err
-		}
-	}
-	p.mu.Lock()
-	p.sub, p.opts, p.added, p.rev = next.sub, next.opts, maps.Clone(next.added), next.rev
-	lost := p.reserve()
-	defer func() { i.forgetNames(ctx, p, lost) }()
-	defer p.mu.Unlock()
-	if !shared {
-		p.stale, p.adopted = p.taken.clone(), true
-		for a := range p.others {
-			p.stale.remove(a)
-		}
-	}
-	p.adoptable = false
-	return nil
-}
-
-// releasePool is ReleasePool. Unknown pools are success, and so is an ID whose
-// sub-pool is not the one of the last request: the pool belongs to that.
-func (i *IPAM) releasePool(ctx context.Context, id poolID) error {
-	ctx, cancel := id.within(ctx)
-	defer cancel()
-	if id.shared() {
-		if err := i.loadShared(ctx); err != nil {
-			if err = i.shared.owe(ctx, id.owed(), err); !i.shared.known() {
-				return err
-			}
-		}
-	}
-	p := i.pool(id.poolKey)
-	if p == nil {
-		return nil
-	}
-	p.mu.Lock()
-	mine := p.sub == id.sub && !p.closed
-	p.releasing = p.releasing || mine
-	p.mu.Unlock()
-	if !mine {
-		return nil
-	}
-	release, err := i.change(ctx)
-	if err == nil {
-		defer release()
-		err = i.drop(ctx, p)
-	}
-	if err != nil {
-		// The engine ignores the error and never asks again.
-		i.later(cleanup{pool: p})
-		return err
-	}
-	return nil
 }
 
 // drop deletes a pool with all its addresses: the engine does not release
@@ -523,7 +441,7 @@ func (i *IPAM) drop(ctx context.Context, p *pool) error {
 // way: the engine never repeats RequestPool for the networks it has, and would
 // not be able to start their containers.
 func (i *IPAM) find(ctx context.Context, id poolID) (*pool, error) {
-	if p := i.pool(id.poolKey); p.open() {
+	if p := i.pool(id.poolKey); p.open() && !p.lacks(id) {
 		return p, nil
 	}
 	release, err := i.change(ctx)
@@ -533,7 +451,7 @@ func (i *IPAM) find(ctx context.Context, id poolID) (*pool, error) {
 	defer release()
 	p := i.pool(id.poolKey)
 	if p.open() {
-		return p, nil
+		return p, i.join(ctx, p, id)
 	}
 	if p != nil {
 		if err := i.drop(ctx, p); err != nil {

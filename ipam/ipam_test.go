@@ -26,14 +26,16 @@ const (
 
 // house is an IPAM over a real store file that can be restarted.
 type house struct {
-	tb    testing.TB
-	path  string
-	bolt  *store.Bolt
-	wrap  func(records) records
-	host  []netip.Prefix
-	held  map[netip.Prefix]string
-	pools []PoolRange
-	log   *test.Hook
+	tb   testing.TB
+	path string
+	bolt *store.Bolt
+	wrap func(records) records
+	host []netip.Prefix
+	held map[netip.Prefix]string
+	// networks is how many have each subnet in held; 0: one.
+	networks int
+	pools    []PoolRange
+	log      *test.Hook
 	// With a cluster: its store as this host sees it, and the host's name.
 	shared cluster
 	name   string
@@ -68,6 +70,12 @@ func (h *house) start() {
 		Store: h.wrap(h.bolt), Log: log, Pools: h.pools, Shared: h.shared, HostID: "id-" + h.name, HostName: h.name,
 		Host:   func(context.Context) ([]netip.Prefix, error) { return h.host, nil },
 		Holder: func(p netip.Prefix) (string, bool) { id, ok := h.held[p]; return id, ok },
+		Holders: func(p netip.Prefix) int {
+			if h.held[p] == "" {
+				return 0
+			}
+			return max(h.networks, 1)
+		},
 	})
 	if err != nil {
 		h.tb.Fatal(err)
@@ -282,8 +290,8 @@ func TestScripts(t *testing.T) {
 			addr weft-local,fc00::/8 -> fc00::1/8`,
 		"refused pools": `
 			pool local 10.1.0.0/24 -> P
-			pool local 10.1.0.0/24 -> error: subnet 10.1.0.0/24 is in use: choose another subnet, or remove the network that has it
-			pool local 10.1.0.0/24 sub 10.1.0.128/25 -> error: subnet 10.1.0.0/24 is in use…
+			pool local 10.1.0.0/24 -> error: subnet 10.1.0.0/24 is in use: choose another subnet, or remove the network that has it; on one parent, networks can share it where each has its own --ip-range
+			pool local 10.1.0.0/24 sub 10.1.0.128/25 -> error: subnet 10.1.0.0/24 is in use, without an --ip-range: choose another subnet, or remove the network that has it; to share it on one parent, make that network again with an --ip-range beside 10.1.0.128/25
 			pool local 10.1.0.128/25 -> error: subnet 10.1.0.128/25 overlaps 10.1.0.0/24, which is in use: choose another subnet
 			pool local 10.0.0.0/8 -> error: …overlaps 10.1.0.0/24…
 			hold 10.1.0.0/24 L

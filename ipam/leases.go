@@ -292,7 +292,7 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 		return netip.Prefix{}, fmt.Errorf("the DHCP server on %s could not be asked for its router when the network was made: give its address with --gateway", link)
 	}
 	p.mu.Lock()
-	p.adoptable = false
+	p.use(r.id.sub)
 	if p.closed {
 		p.mu.Unlock()
 		return netip.Prefix{}, errPoolGone

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 )
 
@@ -38,11 +39,22 @@ func (i *IPAM) Load(ctx context.Context) error {
 			id.sub = rec.SubPool
 			err = id.validate()
 		}
+		p := newPool(id)
+		for _, sub := range rec.More {
+			more := poolID{id.poolKey, sub}
+			if err == nil {
+				err = more.validate()
+			}
+			if err == nil && slices.ContainsFunc(p.parts, func(o part) bool { return o.meets(sub) }) {
+				err = fmt.Errorf("ip-range %s overlaps another", sub)
+			}
+			p.parts = append(p.parts, part{sub: sub})
+		}
 		if err != nil {
 			return fmt.Errorf("record %s: %w", r.Key, err)
 		}
-		p := newPool(id)
-		p.rev, p.adoptable = r.Rev, true
+		p.rev = r.Rev
+		p.idleParts()
 		if p.opts, err = parseOptions(rec.Options, id.prefix); err != nil {
 			return fmt.Errorf("record %s: %w", r.Key, err)
 		}

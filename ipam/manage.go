@@ -326,7 +326,8 @@ func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]
 		return i.shareReserved(ctx, p, change)
 	}
 	p.mu.Lock()
-	next := &pool{poolKey: p.poolKey, sub: p.sub, opts: p.opts, rev: p.rev, added: map[string]reservation{}}
+	next := p.draft(p.parts)
+	next.added = map[string]reservation{}
 	maps.Copy(next.added, p.added)
 	if err = errPoolGone; !p.closed {
 		err = change(next.added)
@@ -371,7 +372,8 @@ func (i *IPAM) ForgetPool(ctx context.Context, prefix netip.Prefix) (stays bool,
 	for _, p := range list {
 		p.mu.Lock()
 		// One that is not used from now on is for the next network with the subnet.
-		p.releasing, p.adoptable = p.releasing || !stays, stays
+		p.releasing = p.releasing || !stays
+		p.idleParts()
 		p.mu.Unlock()
 	}
 	if stays {

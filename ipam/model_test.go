@@ -15,13 +15,14 @@ import (
 
 // modelPool is a pool as a person would keep it on paper.
 type modelPool struct {
-	id        poolID
-	taken     map[netip.Addr]int // the number of the grant; negative when not chosen by us
-	last      netip.Addr         // chosen last
-	gateways  []netip.Addr       // newest last
-	stale     map[netip.Addr]bool
-	adoptable bool
-	adopted   bool
+	key      poolKey
+	parts    []netip.Prefix        // the ranges of its networks, in the order of their requests
+	idle     map[netip.Prefix]bool // of those: not used since the restart
+	taken    map[netip.Addr]int    // the number of the grant; negative when not chosen by us
+	last     netip.Addr            // chosen last
+	gateways []netip.Addr          // newest last
+	stale    map[netip.Addr]bool
+	adopted  bool
 	// unconfirmed by the swarm's allocator that is in office
 	unconfirmed bool
 
@@ -40,7 +41,7 @@ type modelBack struct {
 }
 
 func newModelPool(id poolID, o poolOptions) *modelPool {
-	return &modelPool{id: id, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, backs: map[netip.Addr]modelBack{}, before: map[netip.Addr]bool{}, names: map[string]netip.Addr{}}
+	return &modelPool{key: id.poolKey, parts: []netip.Prefix{id.sub}, idle: map[netip.Prefix]bool{}, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, backs: map[netip.Addr]modelBack{}, before: map[netip.Addr]bool{}, names: map[string]netip.Addr{}}
 }
 
 // keeper is the name that an address is kept for, and whether it is reserved.
@@ -88,7 +89,10 @@ func (m *model) restart() {
 		for a := range p.taken {
 			p.before[a] = true
 		}
-		p.adoptable, p.adopted, p.unconfirmed, p.stale, p.last = true, false, false, nil, netip.Addr{}
+		p.adopted, p.unconfirmed, p.stale, p.last = false, false, nil, netip.Addr{}
+		for _, sub := range p.parts {
+			p.idle[sub] = true
+		}
 		for a := range p.since {
 			if name, _ := p.keeper(a); name == "" {
 				delete(p.since, a)
@@ -159,17 +163,35 @@ func (m *model) requestPool(id poolID, o poolOptions) bool {
 		return true
 	}
 	net := m.held[id.prefix]
-	switch {
-	case id.space == GlobalSpace, len(net) == 25:
-	case net != "" || !p.adoptable:
-		return false
-	default:
-		p.adopted, p.stale = true, map[netip.Addr]bool{}
-		for a := range p.taken {
-			p.stale[a] = true
+	if id.space == GlobalSpace || len(net) == 25 {
+		p.parts = []netip.Prefix{id.sub}
+	} else {
+		// Whoever is in the way goes if nobody needs it.
+		var stay []netip.Prefix
+		unused := true
+		for _, sub := range p.parts {
+			if unused = unused && p.idle[sub]; !overlap(sub, id.sub) {
+				stay = append(stay, sub)
+			} else if !p.idle[sub] {
+				return false
+			}
 		}
+		if unused && net == "" {
+			stay = nil
+		}
+		if net != "" && len(stay) == 0 {
+			return false
+		}
+		if len(stay) == 0 {
+			p.adopted, p.stale = true, map[netip.Addr]bool{}
+			for a := range p.taken {
+				p.stale[a] = true
+			}
+		}
+		p.parts = append(stay, id.sub)
 	}
-	p.adoptable, p.id, p.opts = false, id, o
+	delete(p.idle, id.sub)
+	p.opts = o
 	for name, r := range o.reserved {
 		delete(p.since, r.addr)
 		for other, a := range p.names {
@@ -196,6 +218,9 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 		p = newModelPool(r.id, plain)
 		m.pools[r.id.poolKey] = p
 	}
+	if k := p.key; k.space == LocalSpace && !slices.ContainsFunc(p.parts, func(sub netip.Prefix) bool { return overlap(sub, r.id.sub) }) {
+		p.parts = append(p.parts, r.id.sub) // lost, and taken up again
+	}
 	if r.kind != kindGateway {
 		m.expire(p)
 		a := p.names[r.name]
@@ -217,6 +242,8 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 				}
 			}
 		case a.IsValid() && taken && !p.stale[a]:
+			r.name = ""
+		case a.IsValid() && p.others(r.id.sub, a) && p.opts.reserved[r.name].addr != a:
 			r.name = ""
 		case a.IsValid():
 			r.want, r.kind = a, kindNamed
@@ -247,10 +274,12 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 }
 
 func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
-	p.adoptable = false
+	if delete(p.idle, r.id.sub); len(p.parts) == 1 {
+		delete(p.idle, p.parts[0])
+	}
 	a := r.want
 	if !a.IsValid() {
-		if n := len(p.gateways); r.kind == kindGateway && n > 0 && (p.adopted || r.id.space == GlobalSpace) {
+		if n := len(p.gateways); r.kind == kindGateway && n > 0 && (p.adopted || r.id.space == GlobalSpace || len(p.parts) > 1) {
 			delete(p.stale, p.gateways[n-1])
 			return p.gateways[n-1], true
 		}
@@ -306,7 +335,8 @@ func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
 			delete(p.since, a)
 		}
 	} else if _, ok := p.taken[a]; ok {
-		if !p.stale[a] && r.id.space != GlobalSpace && len(m.held[r.id.prefix]) != 25 {
+		router := r.kind == kindGateway && len(p.parts) > 1 && slices.Contains(p.gateways, a)
+		if !p.stale[a] && !router && r.id.space != GlobalSpace && len(m.held[r.id.prefix]) != 25 {
 			return netip.Addr{}, false
 		}
 		delete(p.stale, a)
@@ -325,6 +355,9 @@ func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
 
 func (m *model) releaseAddress(id poolID, a netip.Addr) {
 	if p := m.pools[id.poolKey]; p != nil {
+		if len(p.parts) > 1 && slices.Contains(p.gateways, a) {
+			return // the others' as well
+		}
 		name, reserved := p.keeper(a)
 		if _, ok := p.taken[a]; ok && !slices.Contains(p.gateways, a) {
 			p.backs[a] = modelBack{m.now, p.before[a] && m.now.Sub(m.started) < startTime}
@@ -340,9 +373,21 @@ func (m *model) releaseAddress(id poolID, a netip.Addr) {
 }
 
 func (m *model) releasePool(id poolID) {
-	if p := m.pools[id.poolKey]; p != nil && p.id == id {
+	p := m.pools[id.poolKey]
+	if p == nil {
+		return
+	}
+	p.parts = slices.DeleteFunc(p.parts, func(sub netip.Prefix) bool { return sub == id.sub })
+	if len(p.parts) == 0 {
 		delete(m.pools, id.poolKey)
 	}
+}
+
+func overlap(a, b netip.Prefix) bool { return !a.IsValid() || !b.IsValid() || a.Overlaps(b) }
+
+// others reports whether an address is in the range of another network.
+func (p *modelPool) others(sub netip.Prefix, a netip.Addr) bool {
+	return slices.ContainsFunc(p.parts, func(o netip.Prefix) bool { return o != sub && o.IsValid() && o.Contains(a) })
 }
 
 // status is what Status prints of it.
@@ -350,7 +395,7 @@ func (m *model) status() string {
 	var lines []string
 	for _, p := range m.pools {
 		m.expire(p) // as Status does
-		lines = append(lines, fmt.Sprint(p.id, " ", len(p.taken)))
+		lines = append(lines, fmt.Sprintf("%s %v %d", poolID{p.key, p.parts[0]}, p.parts[1:], len(p.taken)))
 	}
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
@@ -371,7 +416,7 @@ func TestModel(t *testing.T) {
 	}
 	var ids []poolID
 	for _, s := range []string{
-		"10.0.0.0/29", "10.0.0.0/29,10.0.0.4/30", "10.0.0.0/30", "10.0.0.8/31", "10.0.0.0/28", "fd00::/125", "fd00::/125,fd00::4/127", "10.0.0.12/32",
+		"10.0.0.0/29", "10.0.0.0/29,10.0.0.4/30", "10.0.0.0/29,10.0.0.2/31", "10.0.0.0/29,10.0.0.0/31", "10.0.0.0/30", "10.0.0.8/31", "10.0.0.0/28", "fd00::/125", "fd00::/125,fd00::4/127", "10.0.0.12/32",
 	} {
 		for _, space := range []string{LocalSpace, GlobalSpace} {
 			id, err := parsePoolID(space + "," + s)
@@ -468,7 +513,7 @@ func TestModel(t *testing.T) {
 			"": func(r *rapid.T) {
 				var lines []string
 				for _, p := range h.Status(t.Context()).Pools {
-					lines = append(lines, fmt.Sprint(p.ID, " ", p.Used))
+					lines = append(lines, fmt.Sprintf("%s %v %d", p.ID, p.MoreSubPools, p.Used))
 				}
 				slices.Sort(lines)
 				if got, want := strings.Join(lines, "\n"), m.status(); got != want {

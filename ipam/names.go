@@ -174,6 +174,8 @@ func (i *IPAM) call(ctx context.Context, p *pool, r *addressRequest) (reserved b
 	case second:
 		i.log.WithField("pool", p.prefix.String()).Warnf("address %s is kept for %s and a container of that name has it: this one is given another", a, r.name)
 		r.name = ""
+	case !reserved && p.apart(r.id, a):
+		r.name = "" // the name is that of a container of the other network as well
 	case a.IsValid() && !reserved && r.elsewhere(a):
 		i.log.WithField("pool", p.prefix.String()).Warnf("address %s is kept for %s and a container of another host has it: this one is given another", a, r.name)
 		r.name = ""

@@ -109,7 +109,7 @@ func (i *IPAM) settleOne(ctx context.Context, c cleanup) error {
 		release, err := i.change(ctx)
 		if err == nil {
 			defer release()
-			err = i.drop(ctx, c.pool)
+			err = i.leave(ctx, c.pool)
 		}
 		if err != nil {
 			i.later(c)

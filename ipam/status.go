@@ -26,6 +26,8 @@ type PoolStatus struct {
 	Space   string `json:"space"`
 	Pool    string `json:"pool"`
 	SubPool string `json:"subPool,omitempty"`
+	// MoreSubPools are those of further networks that share the pool.
+	MoreSubPools []string `json:"moreSubPools,omitempty"`
 	// Size is the number of usable addresses in decimal; IPv6 pools have more
 	// than JSON's numbers can tell apart.
 	Size string `json:"size"`
@@ -104,15 +106,18 @@ func (i *IPAM) Status(ctx context.Context) Status {
 	for _, p := range pools {
 		p.mu.Lock()
 		st := PoolStatus{
-			ID: poolID{p.poolKey, p.sub}.String(), Space: p.space, Pool: p.prefix.String(),
+			ID: poolID{p.poolKey, p.parts[0].sub}.String(), Space: p.space, Pool: p.prefix.String(),
 			Size: p.size().String(), Used: p.taken.len(),
 		}
 		if p.shared() {
 			st.Space, st.UsedByAll = p.spaceName(), st.Used
 			st.Used -= uint64(len(p.others))
 		}
-		if p.sub.IsValid() {
-			st.SubPool = p.sub.String()
+		if sub := p.parts[0].sub; sub.IsValid() {
+			st.SubPool = sub.String()
+		}
+		for _, o := range p.parts[1:] {
+			st.MoreSubPools = append(st.MoreSubPools, o.sub.String())
 		}
 		if gw := p.gateway(); gw.IsValid() {
 			st.Gateway = gw.String()

@@ -54,7 +54,8 @@ func (i *IPAM) loadShared(ctx context.Context) error {
 				continue
 			}
 			p := newPool(poolID{poolKey{space, prefix}, m.SubPool})
-			p.rev, p.adoptable = 1, true
+			p.rev = 1
+			p.idleParts()
 			if err := p.adopt(tp); err != nil {
 				return fmt.Errorf("pool %s of space %s: %w", prefix, p.spaceName(), err)
 			}
@@ -448,7 +449,9 @@ func (i *IPAM) noteTable(space string, t table) {
 // unknown, it gives the pool up after that, once more.
 func (i *IPAM) noteLate(k poolKey, host, nonce string) {
 	if host == i.shared.host && i.shared.doubted(nonce) && !i.pool(k).open() {
-		i.later(cleanup{pool: newPool(poolID{poolKey: k})})
+		p := newPool(poolID{poolKey: k})
+		p.releasing = true
+		i.later(cleanup{pool: p})
 	}
 }
 
@@ -509,7 +512,7 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 			return nil
 		}
 		p.mu.Lock()
-		next := &pool{poolKey: p.poolKey, sub: p.sub, opts: p.opts, added: p.added}
+		next := p.draft(p.parts)
 		p.mu.Unlock()
 		return i.shared.putPool(ctx, next)
 	}

@@ -207,7 +207,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		return p, err
 	}
 	a := ipam.Config{
-		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Vet: p.driver.Vet, Used: p.driver.Used, Elsewhere: p.driver.Elsewhere, DHCP: new(dhcp.Client), Pools: pools, Log: log,
+		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Holders: p.driver.Subnets, Vet: p.driver.Vet, Used: p.driver.Used, Elsewhere: p.driver.Elsewhere, DHCP: new(dhcp.Client), Pools: pools, Log: log,
 	}
 	if p.shared != nil {
 		a.Shared = p.shared

@@ -1,0 +1,292 @@
+package ipam
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"net/netip"
+	"slices"
+
+	"go4.org/netipx"
+)
+
+// part is what one network has of a pool: the range that its addresses are chosen
+// from. There are several where networks of one LAN share the subnet, each with a
+// range of its own. Whatever the range, an address of the pool is handed out once;
+// only the gateway, which nobody is given, may be that of all.
+type part struct {
+	sub netip.Prefix // --ip-range; zero: the whole pool, and there is no other part
+	// adoptable: read from disk and not used since, so perhaps its network was
+	// never made.
+	adoptable bool
+	releasing bool // ReleasePool came
+}
+
+// meets reports whether two ranges of one pool have an address in common.
+func (o part) meets(sub netip.Prefix) bool {
+	return !o.sub.IsValid() || !sub.IsValid() || o.sub.Overlaps(sub)
+}
+
+// use notes that a network uses a part; p.mu is held.
+func (p *pool) use(sub netip.Prefix) {
+	for n, o := range p.parts {
+		if o.sub == sub || len(p.parts) == 1 {
+			p.parts[n].adoptable = false
+		}
+	}
+}
+
+// idleParts notes that perhaps no network has any of the parts; p.mu is held, or
+// nobody else knows p.
+func (p *pool) idleParts() {
+	for n := range p.parts {
+		p.parts[n].adoptable = true
+	}
+}
+
+// router reports whether an address is the gateway of a pool that networks share:
+// each may ask for it, and none can give it back alone; p.mu is held.
+func (p *pool) router(a netip.Addr) bool {
+	_, ok := p.gateways[a]
+	return ok && len(p.parts) > 1
+}
+
+// apart reports whether an address is to be chosen for another part alone; p.mu is
+// held.
+func (p *pool) apart(id poolID, a netip.Addr) bool {
+	return slices.ContainsFunc(p.parts, func(o part) bool { return o.sub != id.sub && o.sub.IsValid() && len(p.parts) > 1 && o.sub.Contains(a) })
+}
+
+// lacks reports whether an ID is that of a part which the pool could have and has
+// not.
+func (p *pool) lacks(id poolID) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.space == LocalSpace && !slices.ContainsFunc(p.parts, func(o part) bool { return o.meets(id.sub) })
+}
+
+// draft is a pool as it is to be written, with other parts; p.mu is held.
+func (p *pool) draft(parts []part) *pool {
+	return &pool{poolKey: p.poolKey, parts: slices.Clone(parts), opts: p.opts, added: p.added, rev: p.rev}
+}
+
+// room returns the parts of the pool with a further one, or which is in its way.
+// networks is how many there are with the subnet: what was read from disk makes room
+// where there are parts for all of them without it. p.mu is held.
+func (p *pool) room(sub netip.Prefix, networks int) (parts []part, way *part) {
+	idle := networks == 0 && !slices.ContainsFunc(p.parts, func(o part) bool { return !o.adoptable })
+	for _, o := range p.parts {
+		switch {
+		case !idle && p.space == LocalSpace && !o.meets(sub):
+			parts = append(parts, o)
+		case !o.adoptable:
+			return nil, &o
+		default:
+			way = &o
+		}
+	}
+	if way != nil && len(parts) < networks {
+		return nil, way
+	}
+	return append(parts, part{sub: sub}), nil
+}
+
+// put writes a draft of the pool and takes its parts over: fresh is the new one, and
+// the others are as they are by now. The caller holds changes.
+func (i *IPAM) put(ctx context.Context, p, draft *pool, fresh netip.Prefix) error {
+	err := i.home(p.poolKey).putPool(ctx, draft)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if err != nil {
+		p.rev = 0
+		return err
+	}
+	for n, o := range draft.parts {
+		at := slices.IndexFunc(p.parts, func(have part) bool { return have.sub == o.sub && o.sub != fresh })
+		if at >= 0 {
+			draft.parts[n] = p.parts[at]
+		}
+	}
+	p.parts, p.rev = draft.parts, draft.rev
+	return nil
+}
+
+// again decides on a request for a pool that exists. The caller holds changes.
+func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
+	id, held := i.holder(p.prefix)
+	networks := i.count(p.prefix)
+	by, gone := i.by(p)
+	p.mu.Lock()
+	swarms := p.space == GlobalSpace || held && swarm(id)
+	parts := []part{{sub: r.sub}}
+	if !swarms {
+		var way *part
+		if parts, way = p.room(r.sub, networks); way != nil {
+			defer p.mu.Unlock()
+			if len(p.parts) > 1 { // whose each is nobody knows
+				by, gone = "", ""
+			}
+			return p.inTheWay(r.sub, *way, by, gone)
+		}
+	}
+	next, joins := p.draft(parts), len(parts) > 1
+	switch {
+	case !joins:
+		next.opts = r.opts
+		if !swarms {
+			next.added = nil
+		}
+	case len(p.opts.raw) == 0:
+		next.opts = r.opts
+	case len(r.opts.raw) > 0 && !maps.Equal(r.opts.raw, p.opts.raw):
+		defer p.mu.Unlock()
+		return fmt.Errorf("subnet %s is shared with a network that has %s, and here it is to have %s: give the same --ipam-opt, or none", p.prefix, optionsText(p.opts.raw), optionsText(r.opts.raw))
+	}
+	same := slices.EqualFunc(p.parts, parts, func(a, b part) bool { return a.sub == b.sub }) &&
+		maps.Equal(p.opts.raw, next.opts.raw) && len(p.added) == len(next.added) && p.rev != 0
+	p.mu.Unlock()
+	if !same {
+		if err := i.put(ctx, p, next, r.sub); err != nil {
+			return err
+		}
+	}
+	p.mu.Lock()
+	p.use(r.sub)
+	p.opts, p.added = next.opts, maps.Clone(next.added)
+	lost := p.reserve()
+	defer func() { i.forgetNames(ctx, p, lost) }()
+	defer p.mu.Unlock()
+	if !swarms && !joins {
+		p.stale, p.adopted = p.taken.clone(), true
+		for a := range p.others {
+			p.stale.remove(a)
+		}
+	}
+	return nil
+}
+
+// join takes up again what a network has of a pool, whose record was lost with
+// that of the pool. The caller holds changes.
+func (i *IPAM) join(ctx context.Context, p *pool, id poolID) error {
+	if !p.lacks(id) {
+		return nil
+	}
+	p.mu.Lock()
+	next := p.draft(append(slices.Clone(p.parts), part{sub: id.sub}))
+	p.mu.Unlock()
+	if err := i.put(ctx, p, next, id.sub); err != nil {
+		return err
+	}
+	i.log.WithField("pool", id.String()).Warn("unknown range of a pool taken up again; addresses that its containers had before are not known")
+	return nil
+}
+
+// releasePool is ReleasePool. Unknown pools are success, and so is an ID whose
+// sub-pool is not that of a network: the pool belongs to those.
+func (i *IPAM) releasePool(ctx context.Context, id poolID) error {
+	ctx, cancel := id.within(ctx)
+	defer cancel()
+	if id.shared() {
+		if err := i.loadShared(ctx); err != nil {
+			if err = i.shared.owe(ctx, id.owed(), err); !i.shared.known() {
+				return err
+			}
+		}
+	}
+	p := i.pool(id.poolKey)
+	if p == nil {
+		return nil
+	}
+	p.mu.Lock()
+	at := slices.IndexFunc(p.parts, func(o part) bool { return o.sub == id.sub })
+	mine := at >= 0 && !p.closed
+	if mine {
+		p.parts[at].releasing = true
+	}
+	p.mu.Unlock()
+	if !mine {
+		return nil
+	}
+	release, err := i.change(ctx)
+	if err == nil {
+		defer release()
+		err = i.leave(ctx, p)
+	}
+	if err != nil {
+		// The engine ignores the error and never asks again.
+		i.later(cleanup{pool: p})
+		return err
+	}
+	return nil
+}
+
+// leave takes from a pool what was released of it, and drops it with the last part.
+// Addresses that a network leaves in a pool that it shared are stranded: whose they
+// were nobody says. The caller holds changes. It may be repeated.
+func (i *IPAM) leave(ctx context.Context, p *pool) error {
+	p.mu.Lock()
+	stay := slices.DeleteFunc(slices.Clone(p.parts), func(o part) bool { return o.releasing })
+	all, none := p.releasing || p.closed || len(stay) == 0, len(stay) == len(p.parts)
+	if all || none {
+		p.mu.Unlock()
+		if none && !all {
+			return nil
+		}
+		return i.drop(ctx, p)
+	}
+	next := p.draft(stay)
+	p.mu.Unlock()
+	return i.put(ctx, p, next, netip.Prefix{})
+}
+
+// inUse says which pool is in the way of a wanted one.
+func (i *IPAM) inUse(want netip.Prefix, p *pool) error {
+	by, gone := i.by(p)
+	if want == p.prefix {
+		return fmt.Errorf("subnet %s is in use%s: choose another subnet, or remove the network that has it%s", want, by, gone)
+	}
+	return fmt.Errorf("subnet %s overlaps %s, which is in use%s: choose another subnet%s", want, p.prefix, by, gone)
+}
+
+// by says whose a pool is, as far as that is known, and what to do where its
+// network is gone.
+func (i *IPAM) by(p *pool) (by, gone string) {
+	if id, ok := i.holder(p.prefix); ok && p.space == LocalSpace {
+		by = " by network " + short(id)
+		gone = fmt.Sprintf(" (if `docker network ls` does not show it: `weft network forget %s`)", short(id))
+	}
+	return by, gone
+}
+
+// inTheWay says which part of a pool is in the way of a wanted range of it; p.mu is
+// held. by and gone are what [IPAM.by] says.
+func (p *pool) inTheWay(sub netip.Prefix, way part, by, gone string) error {
+	const remove = "choose another subnet, or remove the network that has it"
+	switch {
+	case p.shared() && sub.IsValid():
+		return fmt.Errorf("subnet %s is in use, and a host can have one network with it in space %s, whatever the ranges: %s", p.prefix, p.spaceName(), remove)
+	case p.shared():
+		return fmt.Errorf("subnet %s is in use%s: %s%s", p.prefix, by, remove, gone)
+	case !way.sub.IsValid() && !sub.IsValid():
+		return fmt.Errorf("subnet %s is in use%s: %s%s; on one parent, networks can share it where each has its own --ip-range", p.prefix, by, remove, gone)
+	case !way.sub.IsValid():
+		return fmt.Errorf("subnet %s is in use%s, without an --ip-range: %s%s; to share it on one parent, make that network again with an --ip-range beside %s", p.prefix, by, remove, gone, sub)
+	}
+	beside := "one beside it"
+	if b := sibling(way.sub); !slices.ContainsFunc(p.parts, func(o part) bool { return o.meets(b) }) {
+		beside = "such as " + b.String()
+	}
+	if !sub.IsValid() {
+		return fmt.Errorf("subnet %s is in use%s, with --ip-range %s: choose another subnet%s, or, to share it on the same parent, add an --ip-range, %s", p.prefix, by, way.sub, gone, beside)
+	}
+	return fmt.Errorf("ip-range %s of subnet %s overlaps %s, which is in use%s: choose another --ip-range, %s%s", sub, p.prefix, way.sub, by, beside, gone)
+}
+
+// sibling is the other half of the range that p is a half of.
+func sibling(p netip.Prefix) netip.Prefix {
+	up, _ := p.Addr().Prefix(p.Bits() - 1) // a range has one bit at least
+	if up.Addr() != p.Addr() {
+		return netip.PrefixFrom(up.Addr(), p.Bits())
+	}
+	return netip.PrefixFrom(netipx.PrefixLastIP(p).Next(), p.Bits())
+}
