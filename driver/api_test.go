@@ -156,6 +156,17 @@ func TestNetworksThatGetInTheWay(t *testing.T) {
 	if id, ok := r.d.Subnet(netip.MustParsePrefix("10.3.0.0/24")); ok {
 		t.Errorf("Subnet says %q", id)
 	}
+	// On a LAN several may have its subnet, and nobody else.
+	r.must("CreateNetwork", createNetwork(net2, "10.3.0.0/24", `{"bridge":"br0"}`))
+	net3, net4 := strings.Repeat("3", 64), strings.Repeat("4", 64)
+	r.must("CreateNetwork", createNetwork(net3, "10.3.0.0/24", `{"bridge":"br0"}`))
+	r.refused("CreateNetwork", createNetwork(net4, "10.3.0.0/24", ""), "subnet 10.3.0.0/24 overlaps with one of network", "choose another --subnet")
+	if n := r.d.Subnets(netip.MustParsePrefix("10.3.0.0/25")); n != 2 {
+		t.Errorf("Subnets says %d", n)
+	}
+	if n := r.d.Subnets(netip.MustParsePrefix("10.4.0.0/24")); n != 0 {
+		t.Errorf("Subnets says %d of a subnet that none has", n)
+	}
 }
 
 // TestSharedBridge has two networks on one bridge that is not ours: what they

@@ -56,7 +56,10 @@ var refusals = []refusal{
 	// What follows is at odds with the network that is there.
 	{"-o mode=macvlan -o parent=used0 -o macvlan_mode=passthru", []string{"used0", "passthru", "alone"}},
 	{"-o mode=ipvlan -o parent=used0", []string{"used0", "mode=macvlan", "another parent"}},
-	{"-o mode=macvlan -o parent=used0 --subnet 10.215.0.0/24", []string{"10.215.0.0/24"}},
+	{"-o mode=macvlan -o parent=used0 --subnet 10.215.0.0/24", []string{"10.215.0.0/24", "with --ip-range 10.215.0.128/25", "such as 10.215.0.0/25"}},
+	{"-o mode=macvlan -o parent=used0 --subnet 10.215.0.0/24 --ip-range 10.215.0.192/26", []string{"10.215.0.192/26", "overlaps 10.215.0.128/25", "such as 10.215.0.0/25"}},
+	{"--subnet 10.215.0.0/24 --ip-range 10.215.0.0/25", []string{"subnet 10.215.0.0/24 overlaps with one of network", "choose another --subnet"}},
+	{"-o mode=macvlan -o parent=lan0 --subnet 10.215.0.0/24 --ip-range 10.215.0.0/25", []string{"subnet 10.215.0.0/24 overlaps with one of network", "choose another --subnet"}},
 	{"-o mode=macvlan -o parent=alone0", []string{"alone0", "passthru", "alone"}},
 }
 
@@ -66,6 +69,7 @@ func TestLANParent(t *testing.T) {
 	w := newLANWorld(t)
 	t.Run("refused", func(t *testing.T) { refuse(t, w.e) })
 	t.Run("gateway", func(t *testing.T) { lanGateway(t, w.e) })
+	t.Run("shared subnet", func(t *testing.T) { shareSubnet(t, w.e) })
 	t.Run("replaced", func(t *testing.T) { replaceParent(t, w.e) })
 	t.Run("VLAN of the host", func(t *testing.T) { hostVLAN(t, w.e) })
 }
@@ -84,7 +88,7 @@ func refuse(t *testing.T, e *engine) {
 	e.net(t, "ip", "link", "set", "br9", "up")
 	e.net(t, "ip", "link", "set", "port0", "master", "br9")
 	e.oursNetwork(t, "ours", "-o", "com.docker.network.bridge.name=wfbours")
-	e.oursNetwork(t, "used", "-o", "mode=macvlan", "-o", "parent=used0", "--subnet", "10.215.0.0/24")
+	e.oursNetwork(t, "used", "-o", "mode=macvlan", "-o", "parent=used0", "--subnet", "10.215.0.0/24", "--ip-range", "10.215.0.128/25")
 	e.oursNetwork(t, "alone", "-o", "mode=macvlan", "-o", "parent=alone0", "-o", "macvlan_mode=passthru", "--subnet", "10.216.0.0/24")
 	before := e.links(t)
 	for _, r := range refusals {

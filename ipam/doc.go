@@ -13,7 +13,8 @@
 // automatic pools avoid each other. A pool is one subnet of one space. A sub-pool
 // (--ip-range) limits which addresses are chosen automatically, nothing else. A
 // pool ID names space, pool and sub-pool and is all that the engine keeps, so
-// it must mean the same for ever; one that we have lost is taken up again.
+// it must mean the same for ever; one that we have lost is taken up again. Networks
+// of one LAN may share a pool, each with a sub-pool of its own: see part.go.
 //
 // A shared space (space=NAME) has pools that all hosts of a cluster hand out
 // addresses from. A host has a reference to each that it uses.

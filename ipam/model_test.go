@@ -387,7 +387,7 @@ func overlap(a, b netip.Prefix) bool { return !a.IsValid() || !b.IsValid() || a.
 
 // others reports whether an address is in the range of another network.
 func (p *modelPool) others(sub netip.Prefix, a netip.Addr) bool {
-	return slices.ContainsFunc(p.parts, func(o netip.Prefix) bool { return o != sub && o.IsValid() && o.Contains(a) })
+	return len(p.parts) > 1 && slices.ContainsFunc(p.parts, func(o netip.Prefix) bool { return o != sub && o.Contains(a) })
 }
 
 // status is what Status prints of it.

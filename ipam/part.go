@@ -54,7 +54,7 @@ func (p *pool) router(a netip.Addr) bool {
 // apart reports whether an address is to be chosen for another part alone; p.mu is
 // held.
 func (p *pool) apart(id poolID, a netip.Addr) bool {
-	return slices.ContainsFunc(p.parts, func(o part) bool { return o.sub != id.sub && o.sub.IsValid() && len(p.parts) > 1 && o.sub.Contains(a) })
+	return len(p.parts) > 1 && slices.ContainsFunc(p.parts, func(o part) bool { return o.sub != id.sub && o.sub.Contains(a) })
 }
 
 // lacks reports whether an ID is that of a part which the pool could have and has

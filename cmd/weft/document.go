@@ -233,14 +233,18 @@ func port(p driver.PortStatus) string {
 
 func (d document) pools() [][]string {
 	rows := [][]string{{"POOL", "SPACE", "RANGE", "GATEWAY", "USED", "ALL HOSTS", "SIZE"}}
+	var lines [][]string
 	for _, p := range d.Pools {
 		all := "-" // a pool of this host
 		if p.UsedByAll > 0 {
 			all = fmt.Sprint(p.UsedByAll)
 		}
 		rows = append(rows, []string{p.Pool, p.Space, orDash(p.SubPool), orDash(p.Gateway), fmt.Sprint(p.Used), all, p.Size})
+		if n := len(p.MoreSubPools); n > 0 {
+			lines = append(lines, []string{fmt.Sprintf("%d networks share pool %s, each with a range of its own: %s, %s", n+1, p.Pool, p.SubPool, strings.Join(p.MoreSubPools, ", "))})
+		}
 	}
-	return rows
+	return append(rows, lines...)
 }
 
 // names lists what is kept for which container, and what somebody has to look at.

@@ -106,7 +106,7 @@ func example() document {
 			Drift: driver.Drift{Checked: at, Error: "bridge wfx: busy", Repaired: []string{"made bridge wfababababab"}, RepairedAt: at},
 		},
 		Pools: []ipam.PoolStatus{
-			{ID: "x", Space: "weft-local", Pool: "10.1.0.0/24", SubPool: "10.1.0.128/25", Gateway: "10.1.0.1", Used: 2, Size: "254"},
+			{ID: "x", Space: "weft-local", Pool: "10.1.0.0/24", SubPool: "10.1.0.128/25", MoreSubPools: []string{"10.1.0.0/26", "10.1.0.64/26"}, Gateway: "10.1.0.1", Used: 2, Size: "254"},
 			{ID: "y", Space: "weft-local", Pool: "fd00::/64", Used: 1, Size: "18446744073709551615"},
 			{ID: "z", Space: "blue", Pool: "10.44.0.0/16", Gateway: "10.44.0.1", Used: 1, UsedByAll: 4, Size: "65534"},
 		},
@@ -165,6 +165,7 @@ const wantPools = `POOL          SPACE       RANGE          GATEWAY    USED  ALL
 10.1.0.0/24   weft-local  10.1.0.128/25  10.1.0.1   2     -          254
 fd00::/64     weft-local  -              -          1     -          18446744073709551615
 10.44.0.0/16  blue        -              10.44.0.1  1     4          65534
+3 networks share pool 10.1.0.0/24, each with a range of its own: 10.1.0.128/25, 10.1.0.0/26, 10.1.0.64/26
 `
 
 const wantDrift = `the kernel was compared with the records 3m ago
