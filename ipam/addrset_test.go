@@ -142,6 +142,9 @@ func FuzzParsePoolID(f *testing.F) {
 		if last.Less(first) || !id.prefix.Contains(first) || !id.prefix.Contains(last) {
 			t.Fatalf("%q: addresses %s to %s", s, first, last)
 		}
+		if b := sibling(id.sub); id.sub.IsValid() && (b.Overlaps(id.sub) || !id.prefix.Overlaps(b) || b.Bits() != id.sub.Bits() || b != b.Masked()) {
+			t.Fatalf("%q: beside its range is %s", s, b)
+		}
 		if k, a, err := parseAddressKey(id.address(last)); err != nil || k != id.poolKey || a != last {
 			t.Fatalf("key of %s in %q is read as %v %s, %v", last, s, k, a, err)
 		}

@@ -588,10 +588,10 @@ func TestStatus(t *testing.T) {
 			t.Fatal(got)
 		}
 	}
-	want := `{weft-local,10.0.0.0/24 weft-local 10.0.0.0/24  254 0 0  0 [] [] <nil> }
-{weft-local,10.1.0.0/24,10.1.0.128/25 weft-local 10.1.0.0/24 10.1.0.128/25 254 2 0 10.1.0.1 0 [] [] <nil> }
-{weft-local,fd05::/64 weft-local fd05::/64  18446744073709551615 0 0  0 [] [] <nil> }
-{weft-global,10.9.0.0/24 weft-global 10.9.0.0/24  254 0 0  0 [] [] <nil> }
+	want := `{weft-local,10.0.0.0/24 weft-local 10.0.0.0/24  [] 254 0 0  0 [] [] <nil> }
+{weft-local,10.1.0.0/24,10.1.0.128/25 weft-local 10.1.0.0/24 10.1.0.128/25 [] 254 2 0 10.1.0.1 0 [] [] <nil> }
+{weft-local,fd05::/64 weft-local fd05::/64  [] 18446744073709551615 0 0  0 [] [] <nil> }
+{weft-global,10.9.0.0/24 weft-global 10.9.0.0/24  [] 254 0 0  0 [] [] <nil> }
 `
 	for range 2 { // the same after a restart
 		got := ""

@@ -282,9 +282,13 @@ func (p *pool) inTheWay(sub netip.Prefix, way part, by, gone string) error {
 	return fmt.Errorf("ip-range %s of subnet %s overlaps %s, which is in use%s: choose another --ip-range, %s%s", sub, p.prefix, way.sub, by, beside, gone)
 }
 
-// sibling is the other half of the range that p is a half of.
+// sibling is the other half of the range that p is a half of; of the zero range the
+// zero one.
 func sibling(p netip.Prefix) netip.Prefix {
-	up, _ := p.Addr().Prefix(p.Bits() - 1) // a range has one bit at least
+	up, err := p.Addr().Prefix(p.Bits() - 1)
+	if err != nil {
+		return netip.Prefix{}
+	}
 	if up.Addr() != p.Addr() {
 		return netip.PrefixFrom(up.Addr(), p.Bits())
 	}

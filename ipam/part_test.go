@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/weftnet/weft/internal/store"
@@ -248,5 +249,64 @@ func TestFailedRanges(t *testing.T) {
 				t.Errorf("%s at %d: left %v, %v", mode, at, left, err)
 			}
 		}
+	}
+}
+
+// TestRangesAtOnce: while one network chooses, another asks by number in its range, and
+// a third one comes and goes, nobody gets what another has.
+func TestRangesAtOnce(t *testing.T) {
+	h := newHouse(t)
+	a := h.do("pool local 10.1.0.0/24 sub 10.1.0.64/26")
+	b := h.do("pool local 10.1.0.0/24 sub 10.1.0.128/25")
+	h.do("gw " + a + " 10.1.0.1")
+	h.do("gw " + b + " 10.1.0.1")
+	var mu sync.Mutex
+	owner := map[string]string{"10.1.0.1/24": "gateway"}
+	ask := func(id, who, addr string) {
+		got := h.do(strings.TrimSpace("addr " + id + " " + addr))
+		if strings.HasPrefix(got, "error") {
+			if addr == "" {
+				t.Errorf("%s: %s", who, got)
+			}
+			return
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		if o := owner[got]; o != "" {
+			t.Errorf("%s has %s, and so has %s", who, got, o)
+		}
+		owner[got] = who
+	}
+	var wg sync.WaitGroup
+	for n := range 30 {
+		wg.Go(func() { ask(b, fmt.Sprint("b", n), "") })
+		wg.Go(func() { ask(a, fmt.Sprint("a", n), fmt.Sprintf("10.1.0.%d", 128+n)) })
+		wg.Go(func() { ask(b, fmt.Sprint("B", n), fmt.Sprintf("10.1.0.%d", 32+n%16)) })
+	}
+	wg.Go(func() {
+		for range 10 {
+			c := h.do("pool local 10.1.0.0/24 sub 10.1.0.32/27")
+			h.do("gw " + c + " 10.1.0.1")
+			ask(c, "c", "")
+			h.do("free " + c + " 10.1.0.1")
+			if got := h.do("unpool " + c); got != "ok" {
+				t.Error(got)
+			}
+		}
+	})
+	wg.Wait()
+	for addr, who := range owner {
+		id := map[byte]string{'a': a, 'b': b}[who[0]]
+		if id == "" {
+			id = b
+		}
+		if got := h.do("addr " + id + " " + strings.TrimSuffix(addr, "/24")); !strings.Contains(got, "is in use") {
+			t.Errorf("%s is %s's: %s", addr, who, got)
+		}
+	}
+	h.do("unpool " + a)
+	h.do("unpool " + b)
+	if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) != 0 {
+		t.Errorf("left %v, %v", left, err)
 	}
 }
