@@ -674,6 +674,19 @@ func (d *Driver) Used(p netip.Prefix) (by func(netip.Addr) string, ok bool) {
 	return func(a netip.Addr) string { return used[a] }, ok
 }
 
+// LinksWith returns the links of LANs on which networks with exactly this subnet are,
+// "" for one that is on none.
+func (d *Driver) LinksWith(p netip.Prefix) (links []string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, n := range d.networks {
+		if !n.doomed && slices.ContainsFunc(n.rec.Subnets, func(s Subnet) bool { return s.Pool == p }) {
+			links = append(links, n.rec.onLAN())
+		}
+	}
+	return links
+}
+
 // Elsewhere returns which host of the cluster, but this one, has an endpoint with
 // an address of the network that has exactly this subnet; nil where there is none
 // to ask.

@@ -347,3 +347,20 @@ func TestBridgeNameOfACard(t *testing.T) {
 		t.Errorf("%v, %q", err, s.Drift.Error)
 	}
 }
+
+// TestLinksWith: which links networks with a subnet are on, as far as they share a LAN.
+func TestLinksWith(t *testing.T) {
+	r := newRig(t)
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", ""))
+	if got := r.d.LinksWith(netip.MustParsePrefix("10.1.0.0/24")); len(got) != 1 || got[0] != "" {
+		t.Errorf("a bridge: %q", got)
+	}
+	if got := r.d.LinksWith(netip.MustParsePrefix("10.1.0.0/25")); len(got) != 0 {
+		t.Errorf("another subnet: %q", got)
+	}
+	r.must("DeleteNetwork", `{"NetworkID":"`+net1+`"}`)
+	r.must("CreateNetwork", onLAN(true, `{"mode":"macvlan","parent":"eth0"}`, "10.1.0.0/24", "", "", ""))
+	if got := r.d.LinksWith(netip.MustParsePrefix("10.1.0.0/24")); len(got) != 1 || got[0] != "eth0" {
+		t.Errorf("a LAN: %q", got)
+	}
+}

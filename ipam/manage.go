@@ -352,32 +352,35 @@ func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]
 }
 
 // ForgetPool drops the pools of this host with a subnet, and all their addresses:
-// their network was forgotten, and the engine will not release them. They stay, and
-// stays is true, as long as another network has that subnet, as two of one LAN may:
-// which of them a pool is of nobody says. What cannot be dropped now Run drops, as
-// a second order would find no network.
-func (i *IPAM) ForgetPool(ctx context.Context, prefix netip.Prefix) (stays bool, err error) {
+// their network was forgotten, and the engine will not release them. Other networks
+// may have that subnet, as several on LANs may; others are the links that they are on,
+// "" for none. A pool that may be one of theirs stays, and stays is true: of two on one
+// link nobody says which network has which. What cannot be dropped now Run drops, as a
+// second order would find no network.
+func (i *IPAM) ForgetPool(ctx context.Context, prefix netip.Prefix, others []string) (stays bool, err error) {
 	if err := i.ready(); err != nil {
 		return false, err
 	}
+	used, _ := i.used(prefix)
 	i.mu.RLock()
 	var list []*pool
 	for k, p := range i.pools {
-		if k.prefix == prefix && !p.shared() && k.space != GlobalSpace {
+		if k.prefix != prefix || p.shared() || k.space == GlobalSpace {
+			continue
+		}
+		p.mu.Lock()
+		keep := len(others) > 0 && (k.dhcp() == "" || slices.Contains(others, k.dhcp()) || p.serves(used))
+		// One that is not used from now on is for the next network with the subnet.
+		p.releasing = p.releasing || !keep
+		p.idleParts()
+		p.mu.Unlock()
+		if stays = stays || keep; !keep {
 			list = append(list, p)
 		}
 	}
 	i.mu.RUnlock()
-	_, stays = i.used(prefix)
-	for _, p := range list {
-		p.mu.Lock()
-		// One that is not used from now on is for the next network with the subnet.
-		p.releasing = p.releasing || !stays
-		p.idleParts()
-		p.mu.Unlock()
-	}
-	if stays {
-		return len(list) > 0, nil
+	if len(list) == 0 {
+		return stays, nil
 	}
 	release, err := i.change(ctx)
 	if err == nil {
@@ -391,7 +394,17 @@ func (i *IPAM) ForgetPool(ctx context.Context, prefix netip.Prefix) (stays bool,
 			i.later(cleanup{pool: p})
 		}
 	}
-	return false, err
+	return stays, err
+}
+
+// serves reports whether a network uses a leased address of the pool; p.mu is held.
+func (p *pool) serves(used func(netip.Addr) string) bool {
+	for a := range p.leased {
+		if used != nil && used(a) != "" {
+			return true
+		}
+	}
+	return false
 }
 
 // strandedAfter is how long an address may be granted without an endpoint that

@@ -59,7 +59,7 @@ func (d *daemon) network(ctx context.Context, body []byte) (any, error) {
 		return nil, err
 	}
 	for _, s := range subnets {
-		stays, err := p.ipam.ForgetPool(ctx, s)
+		stays, err := p.ipam.ForgetPool(ctx, s, p.driver.LinksWith(s))
 		switch {
 		case err != nil: // the network is gone all the same, and could not be named again
 			done += fmt.Sprintf("; its subnet %s could not be freed yet and is tried again: %v", s, err)
