@@ -228,7 +228,7 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 				continue
 			}
 			defer p.mu.Unlock()
-			return netip.Addr{}, p.exhausted(r.id)
+			return netip.Addr{}, p.exhausted(r)
 		}
 		before := p.cursor
 		if r.kind == kindAuto && p.nextFit() {
@@ -284,16 +284,6 @@ func (p *pool) free(first, last netip.Addr, r addressRequest) (netip.Addr, bool)
 			return netip.Addr{}, false
 		}
 	}
-}
-
-func (p *pool) exhausted(id poolID) error {
-	if id.sub.IsValid() {
-		return fmt.Errorf("no free address left in %s of pool %s: all %s are in use: remove a container, give --ip, or make the network with a larger --ip-range", id.sub, p.prefix, count(id.auto()))
-	}
-	if n := len(p.reservedFor); n > 0 {
-		return fmt.Errorf("no free address left in pool %s: %d of %s are in use, and %d are reserved: remove a container, or make the network with a larger --subnet", p.prefix, p.taken.len(), p.size(), n)
-	}
-	return fmt.Errorf("no free address left in pool %s: %d of %s are in use: remove a container, or make the network with a larger --subnet", p.prefix, p.taken.len(), p.size())
 }
 
 // explicit hands out a given address, and reports whether it was handed out

@@ -41,7 +41,8 @@ type Config struct {
 	// nil, or false: nobody knows.
 	Used func(netip.Prefix) (by func(netip.Addr) string, ok bool)
 	// Elsewhere returns which other host has a container with an address of the
-	// network that has exactly this subnet. nil, or a nil function: none.
+	// network that has exactly this subnet. The function is called for many addresses
+	// with a pool locked: it waits for nobody. nil, or a nil function: none.
 	Elsewhere func(netip.Prefix) func(netip.Addr) (host string, ok bool)
 	// DHCP asks the DHCP servers of LANs. nil: there is none to ask.
 	DHCP interface {

@@ -319,6 +319,27 @@ func TestElsewhere(t *testing.T) {
 	}
 }
 
+// TestFullElsewhere: who finds a pool full is told how many of its addresses other
+// hosts have.
+func TestFullElsewhere(t *testing.T) {
+	h := newClock(t)
+	h.far = func(netip.Prefix) func(netip.Addr) (string, bool) {
+		return func(a netip.Addr) (string, bool) { return "beta", a.As4()[3] != 3 && a.As4()[3] != 9 }
+	}
+	for pool, want := range map[string]string{
+		"10.1.0.0/29":                 "1 of 6 are in use, and 5 on other hosts: remove a container",
+		"10.2.0.0/28 sub 10.2.0.8/29": "no free address left in 10.2.0.8/29 of pool 10.2.0.0/28: all 7 are in use, 6 of them on other hosts: remove a container",
+	} {
+		id := h.do("pool local " + pool)
+		if got := h.do("addr " + id); strings.HasPrefix(got, "error") {
+			t.Errorf("%s: %s", pool, got)
+		}
+		if got := h.do("addr " + id); !strings.Contains(got, want) {
+			t.Errorf("%s: %q, want %q", pool, got, want)
+		}
+	}
+}
+
 // TestReserveHeld: who has an address that is to be reserved is said.
 func TestReserveHeld(t *testing.T) {
 	h := newClock(t)
