@@ -42,7 +42,10 @@ type Table struct {
 	restarted time.Time
 	hosts     map[string]*host
 	dirty     map[uint32]bool
-	deaf      Deafness
+	// holders is by VNI what index returns, made when it is first asked for after a
+	// change of another host.
+	holders map[uint32]map[netip.Addr]string
+	deaf    Deafness
 }
 
 // Deafness is why it is not known which other hosts are there, and since when.
@@ -81,7 +84,7 @@ func NewTable(self string, grace time.Duration) *Table {
 	return &Table{
 		self: self, grace: grace, now: time.Now,
 		mine: make(chan struct{}, 1), changed: make(chan struct{}, 1),
-		own: map[uint32]own{}, hosts: map[string]*host{}, dirty: map[uint32]bool{}, last: time.Now().UnixNano(),
+		own: map[uint32]own{}, hosts: map[string]*host{}, dirty: map[uint32]bool{}, holders: map[uint32]map[netip.Addr]string{}, last: time.Now().UnixNano(),
 	}
 }
 
@@ -108,7 +111,7 @@ func (t *Table) Dirty() []uint32 {
 	return list
 }
 
-// touch notes a change; mu is held.
+// touch notes a change, also of this host itself; mu is held.
 func (t *Table) touch(vni uint32) {
 	t.dirty[vni] = true
 	wake(t.changed)
@@ -200,6 +203,7 @@ func (t *Table) put(p Part) {
 		for _, h := range t.hosts {
 			delete(h.parts, p.VNI)
 		}
+		delete(t.holders, p.VNI)
 	}
 	t.touch(p.VNI)
 	wake(t.mine)
@@ -288,8 +292,12 @@ func (t *Table) merge(p Part, silent time.Duration, heard bool) (fresh bool, err
 	}
 	t.raise(Part{Endpoints: p.Endpoints})
 	t.hosts[p.Host] = h
-	h.name, h.parts[p.VNI] = p.Name, p
-	t.touch(p.VNI)
+	if h.name != p.Name {
+		h.name = p.Name
+		t.touchAll(h)
+	}
+	h.parts[p.VNI] = p
+	t.touchOther(p.VNI)
 	return true, nil
 }
 
@@ -372,7 +380,10 @@ func (t *Table) Heard(id, name string) {
 		h.heard = true
 		t.touchAll(h) // its claims count from now on
 	}
-	h.name = Plain(name)
+	if name = Plain(name); h.name != name {
+		h.name = name
+		t.touchAll(h)
+	}
 	if !h.silent.IsZero() {
 		h.silent = time.Time{}
 		t.touchAll(h)
@@ -391,7 +402,7 @@ func (t *Table) Silent(id string) {
 
 func (t *Table) touchAll(h *host) {
 	for vni := range h.parts {
-		t.touch(vni)
+		t.touchOther(vni)
 	}
 }
 

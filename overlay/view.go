@@ -142,15 +142,31 @@ func (t *Table) Addresses(vni uint32) map[netip.Addr]datapath.MAC {
 func (t *Table) Holder(vni uint32, a netip.Addr) (name string, ok bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if t.holders[vni] == nil {
+		t.holders[vni] = t.index(vni)
+	}
+	name, ok = t.holders[vni][a]
+	return name, ok
+}
+
+// index is by address which host, heard, has it; mu is held.
+func (t *Table) index(vni uint32) map[netip.Addr]string {
+	by := map[netip.Addr]string{}
 	for _, h := range t.hosts {
 		if !h.silent.IsZero() {
 			continue
 		}
 		for _, e := range h.parts[vni].Endpoints {
-			if slices.Contains(e.Addrs, a) {
-				return h.name, true
+			for _, a := range e.Addrs {
+				by[a] = h.name
 			}
 		}
 	}
-	return "", false
+	return by
+}
+
+// touchOther is touch for what another host has; mu is held.
+func (t *Table) touchOther(vni uint32) {
+	delete(t.holders, vni)
+	t.touch(vni)
 }
