@@ -51,9 +51,20 @@ func (d *Driver) admit(ctx context.Context, n *Network) error {
 	old := d.networks[n.ID]
 	if old == nil || old.doomed {
 		d.mu.Unlock()
+		for i, s := range n.Subnets {
+			if d.ranges == nil || isSwarm(n.ID) { // a swarm's addresses are chosen by its leader
+				break
+			}
+			if r, ok := d.ranges(s.Pool); ok {
+				n.Subnets[i].Range = r
+			}
+		}
 		return d.cluster.Admit(ctx, n)
 	}
 	defer d.mu.Unlock()
+	for i := range min(len(n.Subnets), len(old.rec.Subnets)) {
+		n.Subnets[i].Range = old.rec.Subnets[i].Range
+	}
 	n.VNI, n.Port, n.Underlay = old.rec.VNI, old.rec.Port, old.rec.Underlay
 	if n.Options.MTU == 0 {
 		n.MTU = old.rec.MTU

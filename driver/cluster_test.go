@@ -37,6 +37,7 @@ type fakeCluster struct {
 	clock     uint64
 	elsewhere map[netip.Addr]string
 	published map[uint32][]netip.Addr // nil once withdrawn
+	ranges    map[string]netip.Prefix // by network
 	remote    datapath.State
 	vnis      map[string]uint32
 	nodes     []string
@@ -71,6 +72,10 @@ func (c *fakeCluster) Publish(n Network, list []Endpoint) {
 	}
 	slices.SortFunc(addrs, netip.Addr.Compare)
 	c.published[n.VNI] = addrs
+	if c.ranges == nil {
+		c.ranges = map[string]netip.Prefix{}
+	}
+	c.ranges[n.ID] = n.Subnets[0].Range
 }
 
 func (c *fakeCluster) Withdraw(n Network) {
@@ -390,4 +395,29 @@ func TestVetElsewhere(t *testing.T) {
 	if err := r.d.Vet(t.Context(), netip.MustParsePrefix("10.1.0.0/16"), netip.MustParseAddr("10.1.0.2")); err != nil {
 		t.Errorf("another pool: %v", err)
 	}
+}
+
+// TestRangeRecorded: what this host chooses addresses from is part of what it tells
+// the others, of a network of its own, and stays what it was when the network is made
+// again.
+func TestRangeRecorded(t *testing.T) {
+	c := &fakeCluster{elsewhere: map[netip.Addr]string{}, published: map[uint32][]netip.Addr{}, vnis: map[string]uint32{}}
+	part := netip.MustParsePrefix("10.1.0.128/25")
+	r := newRigWith(t, func(conf *Config) {
+		conf.Backends = maps.Clone(conf.Backends)
+		conf.Backends[ModeOverlay] = spanning{}
+		conf.Cluster = c
+		conf.Range = func(p netip.Prefix) (netip.Prefix, bool) { return part, p != netip.MustParsePrefix("10.2.0.0/24") }
+	})
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	r.must("CreateNetwork", createNetwork(net2, "10.2.0.0/24", `{"mode":"overlay","vni":"5"}`))
+	r.must("CreateNetwork", createNetwork(swm1, "10.3.0.0/24", `{"mode":"overlay","vni":"6"}`))
+	part = netip.MustParsePrefix("10.1.0.0/25")
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	for id, want := range map[string]string{net1: "10.1.0.128/25", net2: "invalid Prefix", swm1: "invalid Prefix"} {
+		if got := c.ranges[id]; got.String() != want {
+			t.Errorf("network %s: range %s, want %s", short(id), got, want)
+		}
+	}
+	r.idle()
 }

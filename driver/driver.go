@@ -77,6 +77,10 @@ type Config struct {
 	// Chosen reports whether nobody typed a network's subnet, or its gateway. ours is
 	// false where an IPAM handed them out that does not say. nil: none says.
 	Chosen func(pool netip.Prefix, gateway netip.Addr) (subnet, address, ours bool)
+	// Range returns what this host alone chooses addresses of a pool from; false
+	// where whoever hands them out does not say, or does so together with other hosts.
+	// nil: nobody says.
+	Range func(pool netip.Prefix) (netip.Prefix, bool)
 	// Damaged gets a value when others took something of ours out of the firewall.
 	// nil: damage is found by the next pass.
 	Damaged <-chan struct{}
@@ -95,6 +99,7 @@ type Driver struct {
 	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
 	restation func(context.Context, netip.Prefix, netip.Addr, datapath.MAC) error
 	chosen    func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
+	ranges    func(netip.Prefix) (netip.Prefix, bool)
 	log       logrus.FieldLogger
 	damaged   <-chan struct{}
 	now       func() time.Time
@@ -179,7 +184,7 @@ func New(c Config) (*Driver, error) {
 	}
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
-		station: c.Station, restation: c.Restation, chosen: c.Chosen, log: c.Log,
+		station: c.Station, restation: c.Restation, chosen: c.Chosen, ranges: c.Range, log: c.Log,
 		damaged: c.Damaged, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }

@@ -56,7 +56,10 @@ type Subnet struct {
 	// Gateway is the address that containers use as gateway, with the mask
 	// that the IPAM returned; the zero Prefix where there is none.
 	Gateway netip.Prefix
-	Aux     map[string]netip.Prefix `json:",omitempty"`
+	// Range is what this host alone chooses addresses from, on an overlay network:
+	// --ip-range or all of Pool. Zero where our IPAM does not hand them out.
+	Range netip.Prefix            `json:",omitzero"`
+	Aux   map[string]netip.Prefix `json:",omitempty"`
 }
 
 // Endpoint is the record of one endpoint: a container's place on a network.

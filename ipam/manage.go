@@ -444,6 +444,25 @@ func (i *IPAM) Chosen(prefix netip.Prefix, gateway netip.Addr) (subnet, address,
 	return subnet, address, ours
 }
 
+// Range returns what this host alone chooses addresses of a subnet from: the
+// --ip-range, or all of it. ok is false where another IPAM, a DHCP server or a shared
+// space has the subnet, or several networks share it.
+func (i *IPAM) Range(prefix netip.Prefix) (r netip.Prefix, ok bool) {
+	p := i.pool(poolKey{LocalSpace, prefix})
+	if p == nil {
+		return r, false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if len(p.parts) != 1 {
+		return r, false
+	}
+	if sub := p.parts[0].sub; sub.IsValid() {
+		return sub, true
+	}
+	return prefix, true
+}
+
 // station is the MAC address of a taken address: that of its lease, or what is
 // reserved.
 func (p *pool) station(a netip.Addr) (MAC, bool) {

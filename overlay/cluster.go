@@ -260,10 +260,13 @@ func partOf(n driver.Network, endpoints []driver.Endpoint) Part {
 	p := Part{VNI: n.VNI, VTEP: n.Underlay, Port: n.Port, MTU: n.MTU}
 	for _, s := range n.Subnets {
 		p.Subnets = append(p.Subnets, s.Pool)
+		if s.Range.IsValid() {
+			p.Ranges = append(p.Ranges, s.Range)
+		}
 	}
-	slices.SortFunc(p.Subnets, func(a, b netip.Prefix) int {
-		return cmp.Or(a.Addr().Compare(b.Addr()), a.Bits()-b.Bits())
-	})
+	order := func(a, b netip.Prefix) int { return cmp.Or(a.Addr().Compare(b.Addr()), a.Bits()-b.Bits()) }
+	slices.SortFunc(p.Subnets, order)
+	slices.SortFunc(p.Ranges, order)
 	for _, e := range endpoints {
 		x := Endpoint{MAC: e.MAC, Claim: e.Claim}
 		for _, a := range e.Addrs {

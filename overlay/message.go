@@ -64,7 +64,55 @@ func (m message) encode() []byte {
 		b = binary.BigEndian.AppendUint64(b, uint64(k.Silent))
 		b = appendPart(b, k.Part)
 	}
+	return m.appendRanges(b)
+}
+
+// tagRanges is the first byte of what follows the parts: their ranges, which older
+// releases ignore. Then come the length in bytes (32 bits) and, for each part that has
+// ranges, its index (32 bits), their number (8 bits) and the ranges. A message
+// without any ends with its parts.
+const tagRanges = 1
+
+func (m message) appendRanges(b []byte) []byte {
+	start := len(b)
+	for i, k := range m.Parts {
+		if len(k.Part.Ranges) == 0 {
+			continue
+		}
+		if len(b) == start {
+			b = append(b, tagRanges, 0, 0, 0, 0)
+		}
+		b = appendPrefixes(binary.BigEndian.AppendUint32(b, uint32(i)), k.Part.Ranges)
+	}
+	if len(b) > start {
+		binary.BigEndian.PutUint32(b[start+1:], uint32(len(b)-start-5))
+	}
 	return b
+}
+
+// ranges reads what appendRanges has written, if that comes next.
+func (r *reader) ranges(parts []Known) {
+	if r.short || len(r.rest) == 0 || r.rest[0] != tagRanges {
+		return
+	}
+	r.take(1)
+	n := r.uint32()
+	if r.short || uint64(n) > uint64(len(r.rest)) {
+		r.short = true
+		return
+	}
+	in := &reader{rest: r.take(int(n))}
+	for len(in.rest) > 0 && !in.short {
+		i, list := in.uint32(), in.prefixes()
+		if in.short || uint64(i) >= uint64(len(parts)) {
+			r.short = true
+			return
+		}
+		if p := &parts[i].Part; !p.Gone {
+			p.Ranges = list
+		}
+	}
+	r.short = in.short
 }
 
 func appendPart(b []byte, p Part) []byte {
@@ -79,10 +127,7 @@ func appendPart(b []byte, p Part) []byte {
 	b = appendAddr(b, p.VTEP)
 	b = binary.BigEndian.AppendUint16(b, p.Port)
 	b = binary.BigEndian.AppendUint16(b, uint16(p.MTU))
-	b = append(b, byte(len(p.Subnets)))
-	for _, s := range p.Subnets {
-		b = append(appendAddr(b, s.Addr()), byte(s.Bits()))
-	}
+	b = appendPrefixes(b, p.Subnets)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(p.Endpoints)))
 	for _, e := range p.Endpoints {
 		b = append(b, e.MAC[:]...)
@@ -91,6 +136,14 @@ func appendPart(b []byte, p Part) []byte {
 		for _, a := range e.Addrs {
 			b = appendAddr(b, a)
 		}
+	}
+	return b
+}
+
+func appendPrefixes(b []byte, list []netip.Prefix) []byte {
+	b = append(b, byte(len(list)))
+	for _, p := range list {
+		b = append(appendAddr(b, p.Addr()), byte(p.Bits()))
 	}
 	return b
 }
@@ -135,6 +188,7 @@ func decode(b []byte) (message, error) {
 	for n := r.uint32(); n > 0 && !r.short; n-- {
 		m.Parts = append(m.Parts, Known{Silent: time.Duration(r.uint64() & (1<<63 - 1)), Part: r.part()})
 	}
+	r.ranges(m.Parts)
 	if r.short || !isID(m.From) {
 		return message{}, errors.New("message is damaged")
 	}
@@ -170,15 +224,20 @@ func (r *reader) addr() netip.Addr {
 	return a
 }
 
+func (r *reader) prefixes() (list []netip.Prefix) {
+	for n := r.uint8(); n > 0 && !r.short; n-- {
+		list = append(list, netip.PrefixFrom(r.addr(), r.uint8()))
+	}
+	return list
+}
+
 func (r *reader) part() Part {
 	p := Part{Host: r.text(), Name: r.text(), VNI: r.uint32(), Version: r.uint64(), Gone: r.bool()}
 	if p.Gone {
 		return p
 	}
 	p.VTEP, p.Port, p.MTU = r.addr(), r.uint16(), int(r.uint16())
-	for n := r.uint8(); n > 0 && !r.short; n-- {
-		p.Subnets = append(p.Subnets, netip.PrefixFrom(r.addr(), r.uint8()))
-	}
+	p.Subnets = r.prefixes()
 	for n := r.uint16(); n > 0 && !r.short; n-- {
 		e := Endpoint{MAC: datapath.MAC(r.take(6)), Claim: r.uint64()}
 		for n := r.uint8(); n > 0 && !r.short; n-- {

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -15,6 +16,7 @@ func someMessage() message {
 	p := part(1, 5, Endpoint{MAC: mac(1), Addrs: []netip.Addr{addr(1), six}, Claim: 7}, Endpoint{MAC: mac(2), Claim: 8})
 	p.Version, p.VTEP = 9, six
 	p.Subnets = append(p.Subnets, netip.MustParsePrefix("fd00::/64"))
+	p.Ranges = []netip.Prefix{netip.MustParsePrefix("10.0.1.0/24"), netip.MustParsePrefix("fd00::/64")}
 	return message{
 		From: "b", At: netip.AddrPortFrom(six, GossipPort), Query: 1, Hello: true, VNIs: []uint32{1, maxVNI}, Answer: 3, Acks: []ack{{5, 6}},
 		Parts: []Known{{Part: p}, {Part: Part{Host: "c", Name: "host-2", VNI: 1, Version: 4, Gone: true}, Silent: time.Hour}},
@@ -31,7 +33,19 @@ func TestMessage(t *testing.T) {
 		if diff := cmp.Diff(m, got, ips); diff != "" {
 			t.Fatal(diff)
 		}
+		plain := m
+		plain.Parts = slices.Clone(m.Parts)
+		for i := range plain.Parts {
+			plain.Parts[i].Part.Ranges = nil
+		}
+		older := len(plain.encode()) // what is sent by a release that knows no ranges
 		for n := range b {
+			if n == older {
+				if got, err := decode(b[:n]); err != nil || cmp.Diff(plain, got, ips) != "" {
+					t.Fatalf("a message without ranges: %v", err)
+				}
+				continue
+			}
 			if _, err := decode(b[:n]); err == nil {
 				t.Fatalf("the first %d of %d bytes are taken for a message", n, len(b))
 			}
@@ -42,6 +56,22 @@ func TestMessage(t *testing.T) {
 	}
 	if _, err := decode(make([]byte, mostState+1)); err == nil {
 		t.Fatal("a message of any length is decoded")
+	}
+}
+
+// TestMessageRanges refuses ranges of no part, and ranges that are longer than the
+// message.
+func TestMessageRanges(t *testing.T) {
+	b := message{From: "b"}.encode()
+	for _, tail := range [][]byte{
+		{tagRanges, 0, 0, 0, 5, 0, 0, 0, 0, 0},       // of the first part, and there is none
+		{tagRanges, 0xff, 0xff, 0xff, 0xff},          // 4 GiB
+		{tagRanges, 0, 0, 0, 6, 0, 0, 0, 0, 1, 4, 1}, // an address that ends in the middle
+		{tagRanges, 0, 0},
+	} {
+		if m, err := decode(append(bytes.Clone(b), tail...)); err == nil {
+			t.Errorf("%v is taken for %v", tail, m)
+		}
 	}
 }
 

@@ -24,6 +24,9 @@ type Part struct {
 	Port    uint16         `json:"port,omitempty"`
 	MTU     int            `json:"mtu,omitempty"` // bytes, inside containers
 	Subnets []netip.Prefix `json:"subnets,omitempty"`
+	// Ranges are what the host chooses addresses from: parts of Subnets. Absent
+	// where that is not known, and where hosts choose together.
+	Ranges []netip.Prefix `json:"ranges,omitempty"`
 	// Endpoints are sorted by MAC.
 	Endpoints []Endpoint `json:"endpoints,omitempty"`
 }
@@ -76,6 +79,9 @@ func (p Part) check(until uint64) error {
 	case len(p.Endpoints) > mostEndpoints:
 		return fmt.Errorf("part of %s: %d endpoints are more than a bridge has ports", p.Host, len(p.Endpoints))
 	}
+	if err := p.checkRanges(); err != nil {
+		return err
+	}
 	for _, e := range p.Endpoints {
 		if e.MAC == (datapath.MAC{}) || e.MAC[0]&1 != 0 || len(e.Addrs) > 2 {
 			return fmt.Errorf("part of %s: endpoint %s is not one", p.Host, e.MAC)
@@ -92,6 +98,33 @@ func (p Part) check(until uint64) error {
 	return nil
 }
 
+// checkRanges refuses ranges that are no part of the network's subnets.
+func (p Part) checkRanges() error {
+	if len(p.Ranges) > mostSubnets {
+		return fmt.Errorf("part of %s: %d ranges are more than a network has subnets", p.Host, len(p.Ranges))
+	}
+	for _, r := range p.Ranges {
+		within := func(s netip.Prefix) bool { return s.Bits() <= r.Bits() && s.Contains(r.Addr()) }
+		if !r.IsValid() || r != r.Masked() || !slices.ContainsFunc(p.Subnets, within) {
+			return fmt.Errorf("part of %s: range %s is no part of %s", p.Host, r, join(p.Subnets))
+		}
+	}
+	return nil
+}
+
+// overlap is a range of this host, p, that shares addresses with one of another, if
+// there is one.
+func (p Part) overlap(o Part) (mine, theirs netip.Prefix, ok bool) {
+	for _, mine := range p.Ranges {
+		for _, theirs := range o.Ranges {
+			if mine.Overlaps(theirs) {
+				return mine, theirs, true
+			}
+		}
+	}
+	return mine, theirs, false
+}
+
 // isID reports whether s can be a host's ID, which is printed as it is.
 func isID(s string) bool {
 	return s != "" && len(s) <= mostID && !strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r >= 0x7f || r == '/' })
@@ -100,7 +133,7 @@ func isID(s string) bool {
 // same reports whether two parts say the same, but for their versions.
 func (p Part) same(o Part) bool {
 	return p.Host == o.Host && p.Name == o.Name && p.VNI == o.VNI && p.Gone == o.Gone && p.fits(o) == nil &&
-		p.VTEP == o.VTEP && slices.EqualFunc(p.Endpoints, o.Endpoints, Endpoint.same)
+		p.VTEP == o.VTEP && slices.Equal(p.Ranges, o.Ranges) && slices.EqualFunc(p.Endpoints, o.Endpoints, Endpoint.same)
 }
 
 func (e Endpoint) same(o Endpoint) bool {

@@ -76,6 +76,9 @@ func (t *Table) View(vni uint32) View {
 				continue
 			}
 		}
+		if mine, theirs, ok := own.overlap(p); ok && h.silent.IsZero() {
+			v.Conflicts = append(v.Conflicts, fmt.Sprintf("host %s chooses addresses of VNI %d from %s, as this host does from %s: what one has given out is skipped by the other; make the network with an --ip-range of its own on each host", h.name, vni, theirs, mine))
+		}
 		if p.VTEP != own.VTEP && !slices.Contains(v.VTEPs, p.VTEP) {
 			v.VTEPs = append(v.VTEPs, p.VTEP)
 		}

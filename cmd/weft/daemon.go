@@ -192,6 +192,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		Chosen: func(subnet netip.Prefix, gateway netip.Addr) (bool, bool, bool) {
 			return p.ipam.Chosen(subnet, gateway)
 		},
+		Range: func(pool netip.Prefix) (netip.Prefix, bool) { return p.ipam.Range(pool) },
 		Restation: func(ctx context.Context, subnet netip.Prefix, a netip.Addr, mac datapath.MAC) error {
 			return p.ipam.Restation(ctx, subnet, a, mac)
 		},
