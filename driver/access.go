@@ -45,12 +45,12 @@ func (d *Driver) openAccess(ctx context.Context, id string) error {
 // arrive is what Join does for an endpoint on a parent: from now on its link is
 // the container's, and it is given the way back to the host if the host is to
 // reach it.
-func (d *Driver) arrive(ctx context.Context, n *network, e *endpoint) error {
+func (d *Driver) arrive(ctx context.Context, n *network, e *endpoint, sandbox string) error {
 	if !n.rec.onParent() {
 		return nil
 	}
 	rec := e.rec
-	rec.Joined, rec.Reach, rec.Host = true, n.rec.Access, nil
+	rec.Joined, rec.Sandbox, rec.Reach, rec.Host = true, sandbox, n.rec.Access, nil
 	if n.rec.Options.HostAccess {
 		var err error
 		if rec.Host, err = d.hostAddrs(ctx, n.rec); err != nil {

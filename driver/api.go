@@ -310,7 +310,11 @@ func (d *Driver) handleDeleteEndpoint(ctx context.Context, req wire.DeleteEndpoi
 	if err := checkIDs(req.NetworkID, req.EndpointID); err != nil {
 		return plugin.Empty{}, err
 	}
-	defer d.giveBack(ctx, req.EndpointID, d.sandboxOf(req.NetworkID, req.EndpointID)) // without the network's lock
+	sandbox := d.sandboxOf(req.NetworkID, req.EndpointID)
+	defer func() { // without the network's lock
+		d.giveBack(ctx, req.EndpointID, sandbox)
+		d.tellMates(ctx, sandbox)
+	}()
 	known, err := d.deleteEndpoint(ctx, req.NetworkID, req.EndpointID)
 	if !known {
 		err = d.deleteUnclaimed(ctx, req.EndpointID)
@@ -364,7 +368,7 @@ func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin
 				return err
 			}
 		}
-		if err := d.arrive(ctx, n, e); err != nil {
+		if err := d.arrive(ctx, n, e, req.SandboxKey); err != nil {
 			return err
 		}
 		if err := d.expose(ctx, n, e, req.Options); err != nil {
@@ -377,6 +381,9 @@ func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin
 		resp = joinResponse(d.backends[n.rec.Mode].Attach(n.rec, e.rec).named(e.rec.IfName))
 		return nil
 	})
+	if err == nil {
+		d.tellMates(ctx, req.SandboxKey)
+	}
 	return resp, err
 }
 
@@ -409,6 +416,7 @@ func (d *Driver) handleLeave(ctx context.Context, req wire.LeaveRequest) (plugin
 		return d.leave(ctx, n, e)
 	})
 	d.giveBack(ctx, req.EndpointID, sandbox)
+	d.tellMates(ctx, sandbox)
 	return plugin.Empty{}, join(err, d.leaveUnclaimed(ctx, req.EndpointID))
 }
 
@@ -423,6 +431,9 @@ func (d *Driver) handleProgram(ctx context.Context, req plugin.ProgramExternalRe
 		ctx, cancel := cleanup(ctx)
 		defer cancel()
 		d.giveBack(ctx, req.EndpointID, d.sandboxOf(req.NetworkID, req.EndpointID))
+	}
+	if err == nil {
+		d.tellMates(ctx, d.sandboxOf(req.NetworkID, req.EndpointID))
 	}
 	return plugin.Empty{}, err
 }

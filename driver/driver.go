@@ -118,7 +118,9 @@ type Driver struct {
 	networks map[string]*network
 	// fallbacks are the endpoints that serve IPv6 with IPv4, by their sandbox.
 	fallbacks map[string]*fallback
-	drift     Drift
+	// mates are the endpoints whose records name a sandbox, by that; see beside.go.
+	mates map[string][]*endpoint
+	drift Drift
 	// lingers are hardware addresses that the kernel may still have, see linger.
 	lingers map[datapath.MAC]time.Time
 	// unowned is ours by its mark and named by no record.
@@ -157,6 +159,8 @@ type endpoint struct {
 
 	sandbox string // of the container, from Join
 	yields  bool   // another endpoint of the sandbox has its IPv6 ports; see fallback
+	// beside are the LANs that the container has a link to besides this one.
+	beside []netip.Prefix
 }
 
 // New returns a Driver that knows nothing yet; Recover tells it.
@@ -185,7 +189,7 @@ func New(c Config) (*Driver, error) {
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
 		station: c.Station, restation: c.Restation, chosen: c.Chosen, ranges: c.Range, log: c.Log,
-		damaged: c.Damaged, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
+		damaged: c.Damaged, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, mates: map[string][]*endpoint{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }
 
@@ -243,6 +247,7 @@ func (d *Driver) endpointState(n *network, e *endpoint) datapath.State {
 	if e.yields {
 		s = s.Minus(e.rec.fallbacks())
 	}
+	s.Elements = append(s.Elements, e.rec.lansBeside(e.beside)...)
 	if e.rec.Left {
 		// The engine moves a sub-interface back to the host and then asks for
 		// its deletion; a veth pair went with Leave.
@@ -618,6 +623,7 @@ func (d *Driver) forget(ctx context.Context, n *network, e *endpoint) error {
 	d.mu.Lock()
 	n.strike(e)
 	d.strikeFallback(e)
+	d.regroup(e, e.rec.Sandbox, "")
 	d.mu.Unlock()
 	d.share(n)
 	return nil

@@ -251,6 +251,7 @@ func (d *Driver) save(ctx context.Context, e *endpoint, rec Endpoint) error {
 		e.unsaved = true
 		return err
 	}
+	d.regroup(e, e.rec.Sandbox, rec.Sandbox)
 	e.rec, e.rev, e.unsaved = rec, rev, false
 	d.noteFallback(e)
 	return nil
@@ -260,6 +261,7 @@ func (d *Driver) save(ctx context.Context, e *endpoint, rec Endpoint) error {
 // that fails, the next pass writes it.
 func (d *Driver) settle(ctx context.Context, e *endpoint, rec Endpoint) error {
 	d.mu.Lock()
+	d.regroup(e, e.rec.Sandbox, rec.Sandbox)
 	e.rec = rec
 	d.noteFallback(e)
 	d.mu.Unlock()
@@ -387,7 +389,7 @@ func (d *Driver) leave(ctx context.Context, n *network, e *endpoint) error {
 	rec.Left, rec.Programmed, rec.Hairpin, rec.Ports = true, false, false, nil
 	rec.Joined, rec.Reach, rec.Host, rec.Sandbox = false, false, nil, ""
 	d.mu.Lock()
-	e.joined, e.gone = false, false
+	e.joined, e.gone, e.beside = false, false, nil
 	d.mu.Unlock()
 	err := d.settle(ctx, e, rec)
 	d.share(n)

@@ -36,6 +36,7 @@ func (d *Driver) Recover(ctx context.Context) error {
 		return err
 	}
 	d.findFallbacks()
+	d.findMates()
 	if err := d.hold(ctx); err != nil {
 		return err
 	}
@@ -164,6 +165,7 @@ func (d *Driver) reconcile(ctx context.Context, starting bool) ([]string, error)
 	d.pass.Lock()
 	defer d.pass.Unlock()
 	d.orphans(ctx)
+	d.tellAllMates(ctx)
 	p := &pass{d: d, starting: starting}
 	idle, err := p.look(ctx)
 	if err == nil && !idle {

@@ -408,7 +408,7 @@ func (f *firewall) explainLocked(err error, missing []Element) error {
 // inTheWay reports whether m and h cannot both be in the set: the same key
 // with other data, or overlapping intervals.
 func inTheWay(d setDef, m, h Element) bool {
-	if lookupOf(h) != d.lookup() || m.Link != h.Link {
+	if lookupOf(h) != d.lookup() || m.Link != h.Link || d.set == SetBeside && m.To != h.To {
 		return false
 	}
 	if d.ranged {

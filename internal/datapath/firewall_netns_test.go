@@ -44,6 +44,8 @@ func sample() []Element {
 			Element{Set: SetSNAT, Net: net, To: host},
 			Element{Set: SetHairpin, Net: net, Link: "wfa"},
 			Element{Set: SetHairpin, Net: net, Link: "wfb"}, // the same subnet twice
+			Element{Set: SetBeside, Net: net, To: to},
+			Element{Set: SetBeside, Net: net, To: to.Next()},
 			Element{Set: SetHome, Net: net, Link: "br0"},
 			Element{Set: SetMembers, Net: hostPrefix(host), Port: 4793},
 			Element{Set: SetMembers, Net: hostPrefix(host), Port: 65535},
@@ -402,6 +404,7 @@ func TestFirewallListing(t *testing.T) {
 		`meta iifkind "bridge" iifname != @uplinks accept`,
 		"ct state established,related goto ok",
 		"ct status dnat ip saddr . oifname @hairpin4 masquerade",
+		"ct status dnat ip6 saddr . ip6 daddr @beside6 masquerade",
 		"ip6 daddr . meta l4proto . th dport @exposed6 goto ok",
 		"dnat ip6 to ip6 daddr . meta l4proto . th dport map @published6",
 		"snat ip to ip saddr map @snat4",

@@ -332,6 +332,10 @@ func postrouting() []rule {
 		// back through the host.
 		rs = append(rs, in("postrouting", ctBits(expr.CtKeySTATUS, ctStatusDNAT),
 			family(v6), isIn(suffix("hairpin", v6), saddr(v6), oif), masquerade()),
+			// Or from a LAN that the container has a link to, by which it
+			// would answer past the host.
+			in("postrouting", ctBits(expr.CtKeySTATUS, ctStatusDNAT),
+				family(v6), isIn(suffix("beside", v6), saddr(v6), daddr(v6)), masquerade()),
 			// On a bridge that is not ours the container's way back may lead
 			// past the host, whoever asked.
 			in("postrouting", ctBits(expr.CtKeySTATUS, ctStatusDNAT),

@@ -74,6 +74,7 @@ func setDefs() []setDef {
 			setDef{set: SetMasquerade, v6: v6, key: []field{fieldSubnet}},
 			setDef{set: SetSNAT, v6: v6, key: []field{fieldSubnet}, data: []field{fieldTo}},
 			setDef{set: SetHairpin, v6: v6, key: []field{fieldSubnet, fieldLink}},
+			setDef{set: SetBeside, v6: v6, key: []field{fieldSubnet, fieldTo}},
 			setDef{set: SetHome, v6: v6, key: []field{fieldSubnet, fieldLink}},
 			setDef{set: SetAttached, v6: v6, key: []field{fieldLink, fieldHost}},
 			setDef{set: SetMembers, v6: v6, key: []field{fieldHost, fieldPort}},

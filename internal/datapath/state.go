@@ -224,6 +224,7 @@ const (
 	SetMasquerade Set = "masquerade" // Net: source subnet translated to the address of the way out
 	SetSNAT       Set = "snat"       // Net, To: source subnet translated to a fixed address
 	SetHairpin    Set = "hairpin"    // Net, Link: subnet and its bridge; translated destinations inside get the bridge's source address
+	SetBeside     Set = "beside"     // Net, To: subnet of another network of the container with the address To, which would answer it there; translated, it gets the bridge's source address
 	SetHome       Set = "home"       // Net, Link: subnet and its bridge that is not ours; what leaves by it keeps its source address
 	SetPublished  Set = "published"  // Net (host address, or 0.0.0.0/0, ::/0 for all), Proto, Port, To, ToPort; without ToPort for a range
 	SetProxied    Set = "proxied"    // Net (IPv6 host address, or ::/0 for all), Proto, Port: a port whose proxy serves it, not translation; closed to internal networks
