@@ -23,7 +23,7 @@ func checkBoth(t *testing.T, w *world) {
 		"-o", "mode=macvlan", "-o", "parent=lan0", "-o", "host_access=true", "-o", "probe=false")
 	w.all(
 		func() {
-			w.run("second", "--network", "bridged")
+			w.run("second", "--network", "bridged", "-p", "8094:80")
 			e.must(t, "network", "connect", "lan", "second")
 		},
 		func() {
@@ -37,6 +37,8 @@ func checkBoth(t *testing.T, w *world) {
 		{name: "host, bridge first, IPv6", ask: dial("host", "tcp", "second@lan6:80"), want: "second sees host"},
 		{name: "to the host, bridge first", ask: dial("second", "tcp", "host:7000"), want: "host sees second@lan"},
 		{name: "LAN, bridge first", ask: dial("client", "tcp", "second@lan:80"), want: "second sees client"},
+		// It leaves by the bridge, but has a way of its own to the client.
+		{name: "LAN, published, bridge first", ask: dial("client", "tcp", "host:8094", "-wait", "5s"), want: "second sees gw.bridged"},
 		{name: "its own bridge, bridge first", ask: dial("gamma", "tcp", "second@bridged:80"), want: "second sees gamma"},
 		{name: "to its own bridge, bridge first", ask: dial("second", "tcp", "gamma:80"), want: "gamma sees second@bridged"},
 		{name: "host, LAN first", ask: dial("host", "tcp", "third@lan:80", "-wait", "5s"), want: "third sees host"},
