@@ -77,6 +77,7 @@ type IPAM struct {
 	shared *shared
 	feed   feed // nil without a cluster
 	now    func() time.Time
+	asleep func() time.Duration // since the machine started
 	dhcp   interface {
 		leaser
 		lessee
@@ -195,7 +196,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, count: c.Holders, vet: c.Vet, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, dhcp: c.DHCP, leases: make(chan struct{}, 1),
+		store: c.Store, host: c.Host, holder: c.Holder, count: c.Holders, vet: c.Vet, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, asleep: asleep, dhcp: c.DHCP, leases: make(chan struct{}, 1),
 		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]uint64{}, owed: map[string]bool{}},
 	}

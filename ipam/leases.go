@@ -29,6 +29,7 @@ type leaser interface {
 	Acquire(ctx context.Context, link string, s dhcp.Station, want netip.Addr, within netip.Prefix) (dhcp.Lease, error)
 	AcquireAfter(ctx context.Context, link string, s dhcp.Station, want netip.Addr, within netip.Prefix, first func(dhcp.Lease) error) (dhcp.Lease, error)
 	Extend(ctx context.Context, link string, s dhcp.Station, l dhcp.Lease) (dhcp.Lease, error)
+	Carrier(link string) (changes uint32, up bool)
 }
 
 // lessee tells them what is not needed.
@@ -680,16 +681,18 @@ func (i *IPAM) extend(ctx context.Context) error {
 	}
 	var running sync.WaitGroup
 	defer running.Wait()
+	last := look{slept: i.asleep()}
 	for {
 		var due <-chan time.Time
 		if at, ok := i.nextLease(); ok {
-			due = time.After(time.Until(at))
+			due = time.After(min(time.Until(at), lookTime))
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-i.leases:
 		case <-due:
+			i.lookAround(&last)
 			i.extendDue(ctx, &running)
 		}
 	}
@@ -803,6 +806,7 @@ func (i *IPAM) extendOne(ctx context.Context, p *pool, l *leased) {
 		log.WithError(err).Warnf("the lease of %s, which ends %s, was not extended: its container keeps the address, and it is asked for again", a, l.expires().Format(time.RFC3339))
 	case err == nil && before != "":
 		log.Infof("the lease of %s is extended again", a)
+		p.hasten(now, (*leased).unanswered) // the server is back for the others, too
 	}
 	if err != nil {
 		return

@@ -28,6 +28,7 @@ type modelServer struct {
 	leases   map[netip.Addr]serverLease
 	lose     bool          // the next acknowledgement
 	hang     chan struct{} // Offer and Extend wait for it; nil: they do not
+	carrier  uint32        // how often it came or went; an odd number: it is away
 	declined int
 	asked    int // for more time
 }
@@ -89,6 +90,12 @@ func (s *modelServer) wait(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+}
+
+func (s *modelServer) Carrier(string) (uint32, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.carrier, s.carrier%2 == 0
 }
 
 func (s *modelServer) Offer(ctx context.Context, _ string, st dhcp.Station) (dhcp.Lease, error) {

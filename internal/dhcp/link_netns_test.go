@@ -81,6 +81,32 @@ func TestLateCarrier(t *testing.T) {
 	}
 }
 
+// A carrier that was away for a moment is noticed later.
+func TestCarrier(t *testing.T) {
+	host, router := newLAN(t)
+	look := func() (changes uint32, up bool) {
+		host.Do(func() { changes, up = new(Client).Carrier("lan0") })
+		return changes, up
+	}
+	first, up := look()
+	if !up {
+		t.Fatal("lan0 is not up")
+	}
+	router.Exec("ip", "link", "set", "eth0", "down")
+	if _, up := look(); up {
+		t.Error("lan0 is up without a carrier")
+	}
+	router.Exec("ip", "link", "set", "eth0", "up")
+	if n, up := look(); !up || n != first+2 {
+		t.Errorf("%d changes of the carrier, up %t; before %d", n, up, first)
+	}
+	host.Do(func() {
+		if n, up := new(Client).Carrier("none0"); n != 0 || up {
+			t.Errorf("a link that is not there: %d, %t", n, up)
+		}
+	})
+}
+
 func TestUnusableStations(t *testing.T) {
 	for want, change := range map[string]func(*Station){
 		"hardware address": func(s *Station) { s.MAC = [6]byte{} },
