@@ -175,7 +175,7 @@ func indexOf(s datapath.State) index {
 		x.shortcuts[c.Key()] = true
 	}
 	for _, e := range s.Elements {
-		x.elements[elementKey(e)] = true
+		x.elements[e.Key()] = true
 	}
 	for _, k := range s.Sockets {
 		x.sockets[socketKey(k)] = true
@@ -189,11 +189,6 @@ func (x index) lacks(list []datapath.Veth) bool {
 }
 
 func routeKey(r datapath.Route) datapath.Route { return datapath.Route{Link: r.Link, To: r.To} }
-
-func elementKey(e datapath.Element) datapath.Element {
-	e.To, e.ToPort = datapath.Element{}.To, 0
-	return e
-}
 
 func socketKey(s datapath.Socket) datapath.Socket {
 	s.To = datapath.Socket{}.To
@@ -212,7 +207,7 @@ func (x index) within(s datapath.State) datapath.State {
 		Forwards:   filter(s.Forwards, func(f datapath.Forward) bool { return x.forwards[f.Key()] }),
 		Neighbours: filter(s.Neighbours, func(n datapath.Neighbour) bool { return x.neighbours[n.Key()] }),
 		Shortcuts:  filter(s.Shortcuts, func(c datapath.Shortcut) bool { return x.shortcuts[c.Key()] }),
-		Elements:   filter(s.Elements, func(e datapath.Element) bool { return x.elements[elementKey(e)] }),
+		Elements:   filter(s.Elements, func(e datapath.Element) bool { return x.elements[e.Key()] }),
 		Sockets:    filter(s.Sockets, func(k datapath.Socket) bool { return x.sockets[socketKey(k)] }),
 		Forward4:   s.Forward4 && x.forward4,
 		Forward6:   s.Forward6 && x.forward6,
@@ -235,7 +230,7 @@ func without(s, other datapath.State) datapath.State {
 		Forwards:   filter(s.Forwards, func(f datapath.Forward) bool { return !x.forwards[f.Key()] }),
 		Neighbours: filter(s.Neighbours, func(n datapath.Neighbour) bool { return !x.neighbours[n.Key()] }),
 		Shortcuts:  filter(s.Shortcuts, func(c datapath.Shortcut) bool { return !x.shortcuts[c.Key()] }),
-		Elements:   filter(s.Elements, func(e datapath.Element) bool { return !x.elements[elementKey(e)] }),
+		Elements:   filter(s.Elements, func(e datapath.Element) bool { return !x.elements[e.Key()] }),
 		Sockets:    filter(s.Sockets, func(k datapath.Socket) bool { return !x.sockets[socketKey(k)] }),
 		Hook:       s.Hook && !x.hook,
 	}

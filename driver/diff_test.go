@@ -66,3 +66,22 @@ func TestCompareTunnels(t *testing.T) {
 		})
 	}
 }
+
+// TestCompareOneElement: of elements that differ in the address that they lead to,
+// one that is missing is the only thing to mend.
+func TestCompareOneElement(t *testing.T) {
+	host := netip.MustParsePrefix("192.0.2.1/32")
+	for _, set := range []datapath.Set{datapath.SetNear, datapath.SetBeside} {
+		all := datapath.State{Elements: []datapath.Element{
+			{Set: set, Net: host, To: netip.MustParseAddr("192.0.2.7")},
+			{Set: set, Net: host, To: netip.MustParseAddr("192.0.2.8")},
+		}}
+		x := (&pass{}).compare(datapath.State{Elements: all.Elements[:1]}, []wanted{{n: &network{}, state: all}})
+		if len(x.missing) != 1 || len(x.missing[0].state.Elements) != 1 || x.missing[0].state.Elements[0] != all.Elements[1] {
+			t.Errorf("%s: missing %v", set, x.missing)
+		}
+		if !x.stale.Empty() || !x.stray.Empty() {
+			t.Errorf("%s: stale %s, stray %s", set, x.stale, x.stray)
+		}
+	}
+}

@@ -235,12 +235,12 @@ func (k *fakeKernel) ensure(s datapath.State, made *datapath.State) (lines []str
 		}
 	}
 	for _, e := range s.Elements {
-		have, ok := k.elements[elementKey(e)]
+		have, ok := k.elements[e.Key()]
 		if ok && have != e {
 			return nil, fmt.Errorf("element %s has another value: %s", e, have)
 		}
 		if !ok {
-			k.elements[elementKey(e)] = e
+			k.elements[e.Key()] = e
 			made.Elements = append(made.Elements, e)
 			say(e)
 		}
@@ -343,8 +343,8 @@ func (k *fakeKernel) remove(s datapath.State) {
 		}
 	}
 	for _, e := range s.Elements {
-		if k.elements[elementKey(e)] == e {
-			delete(k.elements, elementKey(e))
+		if k.elements[e.Key()] == e {
+			delete(k.elements, e.Key())
 		}
 	}
 	for _, v := range s.Veths {

@@ -252,6 +252,14 @@ type Element struct {
 	ToPort uint16
 }
 
+// Key is what identifies the element in the kernel: only a map's has data beside it.
+func (e Element) Key() Element {
+	if e.Set == SetPublished || e.Set == SetSNAT {
+		e.To, e.ToPort = netip.Addr{}, 0
+	}
+	return e
+}
+
 // Proto is an IP protocol number.
 type Proto uint8
 
