@@ -463,7 +463,7 @@ func TestForwardingAndGuard(t *testing.T) {
 		ip link add lan type veth peer name lan2
 		ip link add quiet type veth peer name quiet2
 		sysctl -qw net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0
-		sysctl -qw net.ipv6.conf.lan.accept_ra=1 net.ipv6.conf.quiet.accept_ra=0`)
+		sysctl -qw net.ipv6.conf.lan.accept_ra=1 net.ipv6.conf.quiet.accept_ra=0 net.ipv6.conf.default.accept_ra=1`)
 	ensure(t, k, State{Forward4: true})
 	if v4, v6 := k.firewall.guarded(); !v4 || v6 {
 		t.Errorf("guards %t %t after switching IPv4 on", v4, v6)
@@ -476,7 +476,8 @@ func TestForwardingAndGuard(t *testing.T) {
 		t.Errorf("again changed %q", lines)
 	}
 	same(t, k, State{Forward4: true, Forward6: true})
-	for name, want := range map[string]string{"lan": "2", "quiet": "0"} {
+	host.Exec("ip", "link", "add", "later", "type", "veth", "peer", "name", "later2") // a card that is plugged in
+	for name, want := range map[string]string{"lan": "2", "quiet": "0", "later": "2"} {
 		if got := strings.TrimSpace(host.Exec("sysctl", "-n", "net.ipv6.conf."+name+".accept_ra")); got != want {
 			t.Errorf("accept_ra of %s is %s, want %s", name, got, want)
 		}

@@ -199,7 +199,9 @@ func (s *sysctl) strict(link string) (bool, error) {
 
 // keepRouters lets interfaces that learn their routes from router
 // advertisements go on learning while we forward: with accept_ra=1 the kernel
-// stops and the host loses its IPv6 default route.
+// stops and the host loses its IPv6 default route. Those that appear later, as a
+// card that is plugged in, begin with the value of default; those of other
+// namespaces do not. Our own links and the engine's bridges are set to 0.
 func (s *sysctl) keepRouters(d *done) error {
 	dir := "net/ipv6/conf"
 	entries, err := os.ReadDir(filepath.Join(s.root, dir))
@@ -208,7 +210,7 @@ func (s *sysctl) keepRouters(d *done) error {
 	}
 	for _, e := range entries {
 		switch e.Name() {
-		case "all", "default", "lo":
+		case "all", "lo":
 			continue
 		}
 		name := filepath.Join(dir, e.Name(), "accept_ra")
