@@ -125,3 +125,36 @@ func TestGossipRanges(t *testing.T) {
 	set(nodes[1], "10.0.2.0/24")
 	within(t, 10*time.Second, "it is over", func() bool { return !told(nodes[0]) && !told(nodes[1]) })
 }
+
+// TestRangesOverAnOldHost: a host of an older release passes parts on without their
+// ranges. The host that it is about does not take that for something new, which it
+// would tell all others each time, and who hears the ranges later takes them over.
+func TestRangesOverAnOldHost(t *testing.T) {
+	first := part(1, 1)
+	first.Ranges = prefixes("10.0.1.0/24")
+	a := tableAt(first.Host, newClock())
+	a.Set(first)
+	said := a.Own()[0]
+	old := said
+	old.Ranges = nil
+	if _, err := a.Merge(old, 0); err != nil {
+		t.Fatal(err)
+	}
+	if got := a.Own()[0]; got.Version != said.Version {
+		t.Errorf("version %d after %d, with the same ranges %v", got.Version, said.Version, got.Ranges)
+	}
+	second := part(0, 1)
+	second.Ranges = prefixes("10.0.0.0/16")
+	b := tableAt("c", newClock())
+	b.Set(second)
+	b.Heard(first.Host, "host-1")
+	for n, p := range []Part{old, said, old, said} {
+		fresh, err := b.Merge(p, 0)
+		if err != nil || fresh != (n < 2) {
+			t.Errorf("part %d: fresh %v, %v", n, fresh, err)
+		}
+	}
+	if c := b.View(1).Conflicts; len(c) != 1 || !strings.Contains(c[0], "10.0.1.0/24") {
+		t.Errorf("conflicts %q", c)
+	}
+}

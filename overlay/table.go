@@ -283,8 +283,10 @@ func (t *Table) merge(p Part, silent time.Duration, heard bool) (fresh bool, err
 	if !h.silent.IsZero() && now.Sub(h.silent) >= t.grace {
 		return false, nil
 	}
-	// What is too far ahead was believed by another clock, and is no newer.
-	if old, ok := h.parts[p.VNI]; ok && old.Version >= p.Version && old.Version <= until {
+	// What is too far ahead was believed by another clock, and is no newer. What a host
+	// of an older release passed on lacks the ranges.
+	if old, ok := h.parts[p.VNI]; ok && old.Version >= p.Version && old.Version <= until &&
+		(old.Version > p.Version || len(old.Ranges) >= len(p.Ranges)) {
 		return false, nil
 	}
 	if err := t.room(h, p); err != nil {
@@ -340,6 +342,9 @@ const onTheWay = 10 * time.Second
 func (t *Table) outdo(p Part) {
 	o, ok := t.own[p.VNI]
 	old := o.part
+	if len(p.Ranges) == 0 { // as a host of an older release gives it back, every 15 s
+		p.Ranges = old.Ranges
+	}
 	switch {
 	case ok && old.Version > p.Version, ok && old.Version == p.Version && old.same(p):
 	case ok:
