@@ -119,7 +119,9 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 				return netip.Prefix{}, false, err
 			}
 			a = r.want
-			again, err = i.explicit(ctx, p, r)
+			if again, err = i.explicit(ctx, p, r); err == nil && r.kind == kindGateway {
+				p.typed(a)
+			}
 		} else {
 			a, err = i.choose(ctx, p, r)
 		}
@@ -158,6 +160,16 @@ func (p *pool) reservedGateway(r addressRequest) error {
 	}
 	return fmt.Errorf("gateway %s of pool %s is reserved for %s: give another --gateway, or another address with --ipam-opt reserve.%s=",
 		r.want, p.prefix, name, name)
+}
+
+// typed notes that somebody asked for a gateway that, perhaps, nobody typed for
+// another network with the subnet.
+func (p *pool) typed(gateway netip.Addr) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.guess == gateway {
+		p.guess = netip.Addr{}
+	}
 }
 
 // agreed returns the gateway that the hosts of a space have given a pool, if

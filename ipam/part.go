@@ -137,6 +137,12 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 			next.added = nil
 		}
 	case len(p.opts.raw) == 0:
+		for name, o := range r.opts.reserved {
+			if _, gateway := p.gateways[o.addr]; gateway {
+				defer p.mu.Unlock()
+				return fmt.Errorf("ipam option %s%s=%s: it is the gateway of a network that shares subnet %s: choose another", reserveOption, name, o, p.prefix)
+			}
+		}
 		next.opts = r.opts
 	case len(r.opts.raw) > 0 && !maps.Equal(r.opts.raw, p.opts.raw):
 		defer p.mu.Unlock()
@@ -221,11 +227,13 @@ func (i *IPAM) releasePool(ctx context.Context, id poolID) error {
 }
 
 // leave takes from a pool what was released of it, and drops it with the last part.
+// Names lose what they keep in the range, which another network would give them.
 // Addresses that a network leaves in a pool that it shared are stranded: whose they
 // were nobody says. The caller holds changes. It may be repeated.
 func (i *IPAM) leave(ctx context.Context, p *pool) error {
 	p.mu.Lock()
 	stay := slices.DeleteFunc(slices.Clone(p.parts), func(o part) bool { return o.releasing })
+	went := slices.DeleteFunc(slices.Clone(p.parts), func(o part) bool { return !o.releasing })
 	all, none := p.releasing || p.closed || len(stay) == 0, len(stay) == len(p.parts)
 	if all || none {
 		p.mu.Unlock()
@@ -236,7 +244,20 @@ func (i *IPAM) leave(ctx context.Context, p *pool) error {
 	}
 	next := p.draft(stay)
 	p.mu.Unlock()
-	return i.put(ctx, p, next, netip.Prefix{})
+	if err := i.put(ctx, p, next, netip.Prefix{}); err != nil {
+		return err
+	}
+	p.mu.Lock()
+	var lost []binding
+	for a, b := range p.byAddr {
+		if slices.ContainsFunc(went, func(o part) bool { return o.sub.Contains(a) }) && !p.taken.has(a) && !p.asked(a) {
+			lost = append(lost, p.unbind(b))
+			p.woken(a)
+		}
+	}
+	p.mu.Unlock()
+	i.forgetNames(ctx, p, lost)
+	return nil
 }
 
 // inUse says which pool is in the way of a wanted one.

@@ -123,6 +123,19 @@ func TestTwoRanges(t *testing.T) {
 			free @B 10.1.0.128 -> ok
 			addr @B for web -> 10.1.0.128/24
 			addr @A for web -> 10.1.0.64/24`,
+		"a name goes with the range": `
+			addr @B for web -> 10.1.0.128/24
+			addr @B 10.1.0.200 -> 10.1.0.200/24
+			free @B 10.1.0.128 -> ok
+			free @B 10.1.0.200 -> ok
+			unpool @B -> ok
+			addr @A for web -> 10.1.0.64/24
+			free @A 10.1.0.64 -> ok
+			restart
+			addr @A for web -> 10.1.0.64/24`,
+		"a gateway is not reserved": `
+			pool local 10.1.0.0/24 sub 10.1.0.0/27 reserve.web=10.1.0.1 -> error: ipam option reserve.web=10.1.0.1: it is the gateway of a network that shares subnet 10.1.0.0/24: choose another
+			pool local 10.1.0.0/24 sub 10.1.0.0/27 reserve.web=10.1.0.2 -> weft-local,10.1.0.0/24,10.1.0.0/27`,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -150,6 +163,26 @@ func TestTwoRanges(t *testing.T) {
 			pool local 10.1.0.0/24 -> weft-local,10.1.0.0/24
 			pool local 10.1.0.0/24 sub 10.1.0.64/26 -> error: subnet 10.1.0.0/24 is in use, without an --ip-range: …`)
 	})
+}
+
+// TestTypedForTheSecond: the first network took a gateway that nobody typed, and for
+// the second one somebody types it. The driver does not replace it.
+func TestTypedForTheSecond(t *testing.T) {
+	h := newHouse(t)
+	a := h.do("pool local 10.1.0.0/24 sub 10.1.0.0/26")
+	if got := h.do("gw " + a); got != "10.1.0.1/24" {
+		t.Fatal(got)
+	}
+	pool, gateway := netip.MustParsePrefix("10.1.0.0/24"), netip.MustParseAddr("10.1.0.1")
+	if _, guessed, _ := h.Chosen(pool, gateway); !guessed {
+		t.Error("the first one's was typed")
+	}
+	if got := h.do("gw " + h.do("pool local 10.1.0.0/24 sub 10.1.0.64/26") + " 10.1.0.1"); got != "10.1.0.1/24" {
+		t.Fatal(got)
+	}
+	if _, guessed, ours := h.Chosen(pool, gateway); guessed || !ours {
+		t.Errorf("the second one's was guessed: %v, %v", guessed, ours)
+	}
 }
 
 // TestRangesOnDisk: what was written before networks could share a pool is read as
