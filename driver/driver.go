@@ -660,7 +660,9 @@ func (d *Driver) Subnets(p netip.Prefix) int {
 }
 
 // Used returns which addresses are in use by the networks that have exactly this
-// subnet, and what for: endpoints, its gateway, and its auxiliary addresses.
+// subnet, and what for: endpoints, its gateway, and its auxiliary addresses. An
+// endpoint that has lost its link uses none. While there are links of containers
+// that no record names, nobody knows.
 func (d *Driver) Used(p netip.Prefix) (by func(netip.Addr) string, ok bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -676,13 +678,16 @@ func (d *Driver) Used(p netip.Prefix) (by func(netip.Addr) string, ok bool) {
 				used[a.Addr()] = "auxiliary address " + name
 			}
 			for _, e := range n.endpoints {
+				if e.gone {
+					continue
+				}
 				for _, a := range e.rec.Addrs {
 					used[a.Addr()] = "endpoint " + short(e.rec.ID)
 				}
 			}
 		}
 	}
-	return func(a netip.Addr) string { return used[a] }, ok
+	return func(a netip.Addr) string { return used[a] }, ok && len(d.unowned.Veths) == 0
 }
 
 // LinksWith returns the links of LANs on which networks with exactly this subnet are,

@@ -131,6 +131,9 @@ func TestLostLink(t *testing.T) {
 	if s, err := r.d.Status(t.Context()); err != nil || len(s.Endpoints) != 1 || s.Endpoints[0].State != "lost" {
 		t.Errorf("status %+v, %v", s, err)
 	}
+	if by, ok := r.d.Used(netip.MustParsePrefix("10.1.0.0/24")); !ok || by(netip.MustParseAddr("10.1.0.2")) != "" {
+		t.Errorf("%v, its address counts as used", ok)
+	}
 	r.refused("ProgramExternalConnectivity", program(net1, ep1, binding(6, 80, "", 8080, 8080)), "link is gone")
 	r.must("RevokeExternalConnectivity", ids(net1, ep1))
 	// The address is free for the next, and deleting the old takes nothing

@@ -522,6 +522,7 @@ func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 	p.stale.remove(a)
 	delete(p.gateways, a)
 	delete(p.granted, a)
+	delete(p.awaited, a)
 	delete(p.mine, a)
 	p.idle(a, b)
 	return nil

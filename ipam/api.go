@@ -179,10 +179,13 @@ func (i *IPAM) RequestAddress(ctx context.Context, req ipam.RequestAddressReques
 	if err != nil {
 		return ipam.RequestAddressResponse{}, err
 	}
+	asked := i.now()
 	a, err := i.requestAddress(ctx, r)
 	if err != nil {
+		i.abandon(ctx, r, asked)
 		return ipam.RequestAddressResponse{}, err
 	}
+	i.await(r, a.Addr())
 	return ipam.RequestAddressResponse{Address: a.String(), Data: map[string]string{}}, nil
 }
 

@@ -155,6 +155,8 @@ type pool struct {
 	others map[netip.Addr]heldClaim
 	// granted is when this process handed out what is taken, but in a shared space.
 	granted map[netip.Addr]time.Time
+	// awaited is since when addresses that were handed out wait for their endpoint.
+	awaited map[netip.Addr]time.Time
 	// automatic: nobody typed the subnet. guess is the gateway that nobody typed.
 	automatic bool
 	guess     netip.Addr
@@ -168,7 +170,7 @@ func newPool(id poolID) *pool {
 		byName: map[string]*binding{}, byAddr: map[netip.Addr]*binding{}, added: map[string]reservation{},
 		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{}, leased: map[netip.Addr]*leased{}, keys: map[string]bool{},
 		asks: make(chan struct{}, extendAtOnce),
-		mine: map[netip.Addr]ownClaim{}, others: map[netip.Addr]heldClaim{}, granted: map[netip.Addr]time.Time{},
+		mine: map[netip.Addr]ownClaim{}, others: map[netip.Addr]heldClaim{}, granted: map[netip.Addr]time.Time{}, awaited: map[netip.Addr]time.Time{},
 	}
 }
 

@@ -731,12 +731,21 @@ func (p *pool) extends(a netip.Addr, l *leased) bool {
 }
 
 // extendDue begins to ask for all leases whose time has come. A server that is
-// silent holds up only those of its own pool.
+// silent holds up only those of its own pool. What no endpoint has is given back.
 func (i *IPAM) extendDue(ctx context.Context, running *sync.WaitGroup) {
 	for _, p := range i.leasedPools() {
+		if !p.anyDue(i.now()) {
+			continue
+		}
+		unused := i.endless(p) // not under the lock: it asks the driver
 		p.mu.Lock()
 		for a, l := range p.leased {
 			if !p.extends(a, l) || l.next.After(i.now()) {
+				continue
+			}
+			if p.awaited[a].IsZero() && unused(a) {
+				l.next = i.now().Add(extendPause) // should it not be freed
+				running.Go(func() { i.forsakeOne(ctx, p, a, time.Time{}, "no endpoint has it any more") })
 				continue
 			}
 			ctx, stop := context.WithCancel(ctx)
@@ -759,6 +768,18 @@ func (i *IPAM) extendDue(ctx context.Context, running *sync.WaitGroup) {
 		}
 		p.mu.Unlock()
 	}
+}
+
+// anyDue reports whether a lease of the pool is to be asked for.
+func (p *pool) anyDue(now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for a, l := range p.leased {
+		if p.extends(a, l) && !l.next.After(now) {
+			return true
+		}
+	}
+	return false
 }
 
 // extendOne asks for one lease. When it is over, or was refused, the container

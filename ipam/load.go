@@ -115,6 +115,8 @@ func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) (map[
 		holders[p][a] = rec.Name
 		if rec.Kind == kindGateway {
 			p.gateways[a] = r.Rev
+		} else if p.named() { // the process may have died before its endpoint came
+			p.awaited[a] = i.started
 		}
 		// Revisions grow, so the highest is the address chosen last.
 		if p.nextFit() && rec.Kind == kindAuto && r.Rev > newest[p] {

@@ -243,6 +243,18 @@ func TestLeasedDualStack(t *testing.T) {
 			t.Errorf("%s: the server has %v", a, servers[n].Leases())
 		}
 	}
+	// Starts that fail for their IPv6 address leave no IPv4 lease with the server: the
+	// engine gives none back.
+	before := len(servers[0].Leases())
+	for range 3 {
+		l.request(id4, "", "")
+		l.contains("an address that DHCPv6 does not have", l.request(id6, "fd77::9", ""), "refused by DHCP server")
+	}
+	for end := time.Now().Add(5 * time.Second); len(servers[0].Leases()) != before; time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("the server has %v", servers[0].Leases())
+		}
+	}
 	l.must(t, "NetworkDriver.DeleteEndpoint", fmt.Sprintf(`{"NetworkID":%q,"EndpointID":%q}`, netID, epID))
 	l.release(id6, a6)
 	l.again()
