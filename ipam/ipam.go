@@ -145,7 +145,9 @@ type pool struct {
 	leased map[netip.Addr]*leased
 	keys   map[string]bool
 	counts leaseCounts
-	asks   chan struct{} // holds a token for each lease that is being extended
+	// declined is when addresses were offered that a station of the LAN has.
+	declined map[netip.Addr]time.Time
+	asks     chan struct{} // holds a token for each lease that is being extended
 	// unconfirmed: this host's swarm allocator has not named the pool since it
 	// began. Then and later, stale has the addresses that it has not named.
 	unconfirmed bool
@@ -169,7 +171,7 @@ func newPool(id poolID) *pool {
 		poolKey: id.poolKey, parts: []part{{sub: id.sub}}, busy: map[netip.Addr]*busy{}, gateways: map[netip.Addr]uint64{},
 		byName: map[string]*binding{}, byAddr: map[netip.Addr]*binding{}, added: map[string]reservation{},
 		reservedFor: map[netip.Addr]string{}, since: map[netip.Addr]time.Time{}, leased: map[netip.Addr]*leased{}, keys: map[string]bool{},
-		asks: make(chan struct{}, extendAtOnce),
+		asks: make(chan struct{}, extendAtOnce), declined: map[netip.Addr]time.Time{},
 		mine: map[netip.Addr]ownClaim{}, others: map[netip.Addr]heldClaim{}, granted: map[netip.Addr]time.Time{}, awaited: map[netip.Addr]time.Time{},
 	}
 }

@@ -88,7 +88,10 @@ type leased struct {
 	trouble  string    // why the last time it was not got; "" if it was
 	squatted bool      // a station of the LAN has the address
 	ended    bool      // it is over, and was counted as that
-	asking   bool      // the request that it is for has not ended
+	void     bool      // the server refused what it had offered
+	// forgotten: the server offers the address to others; it is asked for anew.
+	forgotten bool
+	asking    bool // the request that it is for has not ended
 	// While it is being extended: what ends that, and what is closed then.
 	stop      context.CancelFunc
 	extending chan struct{}
@@ -310,13 +313,16 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 
 	q := &asking{pool: p, record: leaseRecord{Version: recordVersion, Key: key, Station: i.station(p.poolKey, key, mac)}}
 	a, err := i.ask(ctx, q, r, cmp.Or(r.want, hint))
-	if errors.Is(err, dhcp.ErrRefused) && !r.want.IsValid() && hint.IsValid() && !reserved {
+	if (errors.Is(err, dhcp.ErrRefused) || errors.Is(err, dhcp.ErrNoOffer)) && !r.want.IsValid() && hint.IsValid() && !reserved {
 		a, err = i.ask(ctx, q, r, netip.Addr{})
 	}
 	if errors.Is(err, dhcp.ErrRefused) && r.want.IsValid() && p.reserves(r.want) == "" {
 		err = fmt.Errorf("%w; if it keeps %s for a MAC address, say so here, too: `weft address reserve CONTAINER %s MAC`", err, r.want, r.want)
 	}
 	if err != nil {
+		if errors.Is(err, dhcp.ErrRefused) {
+			q.refuse()
+		}
 		i.unhold(ctx, q)
 	}
 	p.mu.Lock()
@@ -363,8 +369,9 @@ func (p *pool) marked(l *leased) bool { return l != nil && p.leased[l.Lease.Addr
 // ask gets a lease and writes it down.
 func (i *IPAM) ask(ctx context.Context, q *asking, r addressRequest, want netip.Addr) (netip.Prefix, error) {
 	l, err := i.dhcp.AcquireAfter(ctx, q.pool.dhcp(), q.record.Station, want, q.pool.prefix, func(offer dhcp.Lease) error {
+		q.refuse()
 		i.unhold(ctx, q) // of an offer that turned out to be none
-		return i.hold(ctx, q, offer)
+		return i.hold(ctx, q, r, offer)
 	})
 	if err != nil {
 		return netip.Prefix{}, err
@@ -372,10 +379,20 @@ func (i *IPAM) ask(ctx context.Context, q *asking, r addressRequest, want netip.
 	return l.Address, i.keepLease(ctx, q, r, l)
 }
 
+// refuse notes that the server has refused what is held: there is nothing to be
+// given back.
+func (q *asking) refuse() {
+	if q.busy == nil {
+		return
+	}
+	q.pool.mu.Lock()
+	defer q.pool.mu.Unlock()
+	q.void = true
+}
+
 // hold marks an address that is offered and writes the lease down, before it is
-// one. What another container has is not marked: should the server grant it,
-// keepLease tells it off.
-func (i *IPAM) hold(ctx context.Context, q *asking, offer dhcp.Lease) error {
+// one. What is known to be taken is no offer.
+func (i *IPAM) hold(ctx context.Context, q *asking, r addressRequest, offer dhcp.Lease) error {
 	p, a := q.pool, offer.Address.Addr()
 	for {
 		p.mu.Lock()
@@ -397,7 +414,10 @@ func (i *IPAM) hold(ctx context.Context, q *asking, offer dhcp.Lease) error {
 			}
 		case p.taken.has(a):
 			p.mu.Unlock()
-			return nil
+			return i.noOffer(ctx, p, offer)
+		case r.want != a && p.isDeclined(a, i.now()):
+			p.mu.Unlock()
+			return p.offeredAgain(offer)
 		}
 		q.leased = &leased{leaseRecord: q.record, asking: true, next: offer.Granted.Add(offer.Renew)}
 		q.Lease = offer
@@ -425,13 +445,6 @@ func (i *IPAM) unhold(ctx context.Context, q *asking) {
 // was offered, then the address. If that fails the lease is given back.
 func (i *IPAM) keepLease(ctx context.Context, q *asking, r addressRequest, got dhcp.Lease) error {
 	p, a := q.pool, got.Address.Addr()
-	if q.busy == nil {
-		// It forgot its leases, or there are two that know nothing of each other.
-		l := &leased{leaseRecord: q.record, squatted: true}
-		l.Lease = got
-		i.giveBack(ctx, p, l)
-		return fmt.Errorf("the DHCP server %s granted %s, which another container of this host has: see whether it has lost its leases", got.Server, a)
-	}
 	p.mu.Lock()
 	offer := q.Lease
 	q.Lease, q.next = got, got.Granted.Add(got.Renew)
@@ -496,7 +509,7 @@ func (i *IPAM) unlease(ctx context.Context, p *pool, a netip.Addr) (key string) 
 	}
 	p.endExtension(l)
 	p.mu.Lock()
-	tell := l.squatted || !p.keeps(l)
+	tell := !l.void && (l.squatted || !p.keeps(l))
 	p.mu.Unlock()
 	if tell {
 		i.giveBack(ctx, p, l)
@@ -748,24 +761,29 @@ func (i *IPAM) extendDue(ctx context.Context, running *sync.WaitGroup) {
 				running.Go(func() { i.forsakeOne(ctx, p, a, time.Time{}, "no endpoint has it any more") })
 				continue
 			}
-			ctx, stop := context.WithCancel(ctx)
-			done := make(chan struct{})
-			l.stop, l.extending = stop, done
-			running.Go(func() {
-				defer i.wakeLeases()
-				defer close(done)
-				defer stop()
-				select {
-				case p.asks <- struct{}{}:
-					i.extendOne(ctx, p, l)
-					<-p.asks
-				case <-ctx.Done():
-				}
-				p.mu.Lock()
-				l.stop, l.extending = nil, nil
-				p.mu.Unlock()
-			})
+			running.Go(i.extending(ctx, p, l))
 		}
+		p.mu.Unlock()
+	}
+}
+
+// extending marks a lease as being asked for, and returns what asks; p.mu is held.
+func (i *IPAM) extending(ctx context.Context, p *pool, l *leased) (ask func()) {
+	ctx, stop := context.WithCancel(ctx)
+	done := make(chan struct{})
+	l.stop, l.extending = stop, done
+	return func() {
+		defer i.wakeLeases()
+		defer close(done)
+		defer stop()
+		select {
+		case p.asks <- struct{}{}:
+			i.extendOne(ctx, p, l)
+			<-p.asks
+		case <-ctx.Done():
+		}
+		p.mu.Lock()
+		l.stop, l.extending = nil, nil
 		p.mu.Unlock()
 	}
 }
@@ -789,7 +807,7 @@ func (i *IPAM) extendOne(ctx context.Context, p *pool, l *leased) {
 	a, over := l.Lease.Address.Addr(), i.now().After(l.expires())
 	var got dhcp.Lease
 	var err error
-	if !over && !strings.HasPrefix(l.trouble, refused) {
+	if !over && !l.forgotten && !strings.HasPrefix(l.trouble, refused) {
 		got, err = i.dhcp.Extend(ctx, p.dhcp(), l.Station, l.Lease)
 	} else {
 		got, err = i.dhcp.Acquire(ctx, p.dhcp(), l.Station, a, p.prefix)
@@ -805,7 +823,7 @@ func (i *IPAM) extendOne(ctx context.Context, p *pool, l *leased) {
 	now, before := i.now(), l.trouble
 	switch {
 	case err == nil:
-		l.Lease, l.trouble, l.next = got, "", got.Granted.Add(got.Renew)
+		l.Lease, l.trouble, l.next, l.forgotten = got, "", got.Granted.Add(got.Renew), false
 		p.counts.Extended++
 	case errors.Is(err, dhcp.ErrRefused):
 		l.trouble, l.next = refused+": "+err.Error(), now.Add(l.least())
@@ -859,7 +877,7 @@ func (i *IPAM) squat(id poolID, a netip.Addr) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if l := p.leased[a]; l != nil {
-		l.squatted = true
+		l.squatted, p.declined[a] = true, i.now()
 	}
 	if p.dhcp() == "" && !p.reserved(a) && p.byAddr[a] == nil {
 		p.restIn(&p.quarantined, release{a, i.now()})

@@ -2,6 +2,7 @@ package ipam
 
 import (
 	"context"
+	"errors"
 	"maps"
 	"net/netip"
 	"slices"
@@ -29,7 +30,9 @@ type modelServer struct {
 	lose     bool          // the next acknowledgement
 	hang     chan struct{} // Offer and Extend wait for it; nil: they do not
 	carrier  uint32        // how often it came or went; an odd number: it is away
+	stubborn netip.Addr    // is offered to everybody
 	declined int
+	released int
 	asked    int // for more time
 }
 
@@ -112,33 +115,42 @@ func (s *modelServer) Acquire(ctx context.Context, link string, st dhcp.Station,
 }
 
 func (s *modelServer) AcquireAfter(_ context.Context, _ string, st dhcp.Station, want netip.Addr, _ netip.Prefix, first func(dhcp.Lease) error) (dhcp.Lease, error) {
-	s.mu.Lock()
-	a := s.choose(st.IAID, want)
-	l := s.lease(a)
-	s.mu.Unlock()
-	if !a.IsValid() {
-		return dhcp.Lease{}, dhcp.ErrSilent
-	}
-	if want.IsValid() && a != want {
-		return dhcp.Lease{}, dhcp.ErrRefused
-	}
-	if err := first(l); err != nil {
-		return dhcp.Lease{}, err
-	}
-	err := s.step(func() error {
+	var before netip.Addr
+	for {
 		s.mu.Lock()
-		defer s.mu.Unlock()
-		if holder, leased := s.holder(a); leased && holder != st.IAID {
-			return dhcp.ErrRefused
+		a := s.choose(st.IAID, want)
+		if s.stubborn.IsValid() {
+			a = s.stubborn
 		}
-		s.leases[a] = serverLease{st.IAID, l.Granted.Add(l.Valid)}
-		if s.lose {
-			s.lose = false
-			return dhcp.ErrSilent
+		l := s.lease(a)
+		s.mu.Unlock()
+		if !a.IsValid() {
+			return dhcp.Lease{}, dhcp.ErrSilent
 		}
-		return nil
-	})
-	return l, err
+		if want.IsValid() && a != want {
+			return dhcp.Lease{}, dhcp.ErrRefused
+		}
+		if err := first(l); errors.Is(err, dhcp.ErrNoOffer) && a != before {
+			before = a
+			continue
+		} else if err != nil {
+			return dhcp.Lease{}, err
+		}
+		err := s.step(func() error {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			if holder, leased := s.holder(a); leased && holder != st.IAID {
+				return dhcp.ErrRefused
+			}
+			s.leases[a] = serverLease{st.IAID, l.Granted.Add(l.Valid)}
+			if s.lose {
+				s.lose = false
+				return dhcp.ErrSilent
+			}
+			return nil
+		})
+		return l, err
+	}
 }
 
 func (s *modelServer) Extend(ctx context.Context, _ string, st dhcp.Station, l dhcp.Lease) (dhcp.Lease, error) {
@@ -166,6 +178,7 @@ func (s *modelServer) Release(_ context.Context, _ string, st dhcp.Station, l dh
 	return s.step(func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		s.released++
 		if holder, leased := s.holder(l.Address.Addr()); leased && holder == st.IAID {
 			delete(s.leases, l.Address.Addr())
 		}

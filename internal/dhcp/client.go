@@ -27,6 +27,9 @@ var (
 	ErrRefused = errors.New("refused by DHCP server")
 )
 
+// ErrNoOffer is what the caller says of an offer that is none, see AcquireAfter.
+var ErrNoOffer = errors.New("the DHCP server offers an address that it should know is taken")
+
 // waits is how long each of the questions has for an answer. The engine gives
 // a request 30 s, in which more than one address may be asked for; a server that
 // pings an address before it offers it is silent for up to 3 s.
@@ -132,18 +135,26 @@ func (c *Client) AcquireAfter(ctx context.Context, link string, s Station, want 
 		return Lease{}, err
 	}
 	defer x.close()
+	tried := map[netip.Addr]bool{}
 	for round := 1; ; round++ {
 		offer, err := x.ask(discover, Lease{Address: hostPrefix(want)}, x.anyOffer(want))
 		if err != nil {
 			return Lease{}, err
 		}
-		if err := first(offer); err != nil {
-			return Lease{}, err
+		var l Lease
+		if err = first(offer); err == nil {
+			l, err = x.ask(request, offer, x.answerTo(offer, true))
 		}
-		l, err := x.ask(request, offer, x.answerTo(offer, true))
-		if !errors.Is(err, ErrRefused) || round == rounds || !x.rest(rand.N(time.Duration(round)*roundPause)) {
+		a := offer.Address.Addr()
+		switch {
+		case !errors.Is(err, ErrRefused) && !errors.Is(err, ErrNoOffer), round == rounds:
+			return l, err
+		case tried[a] && errors.Is(err, ErrRefused):
+			return l, fmt.Errorf("%w (it has offered %s twice, and refused it both times: see its log)", err, a)
+		case tried[a], !x.rest(rand.N(time.Duration(round) * roundPause)):
 			return l, err
 		}
+		tried[a] = true
 	}
 }
 

@@ -155,24 +155,81 @@ func TestLiesAreIgnored(t *testing.T) {
 	}
 }
 
-// A server may refuse what it has offered, because another station was faster.
+// A server may refuse what it has offered, because another station was faster; then
+// it offers another address. One that refuses the same twice is not asked again.
 func TestRefusedAfterOffer(t *testing.T) {
-	for times, want := range map[int32]error{1: nil, 2: nil, 10: nil, 100: ErrRefused} {
-		t.Run(fmt.Sprint(times), func(t *testing.T) {
+	for _, c := range []struct {
+		times int32
+		same  bool
+		asked int32
+		want  string
+	}{
+		{times: 1, same: true, asked: 2},
+		{times: 100, same: true, asked: 2, want: "it has offered 10.77.0.50 twice, and refused it both times"},
+		{times: 10, asked: 11},
+		{times: 100, asked: rounds, want: "is refused by DHCP server 10.77.0.1"},
+	} {
+		t.Run(fmt.Sprintf("%d same=%t", c.times, c.same), func(t *testing.T) {
 			_, router := newLAN(t)
 			var naks atomic.Int32
 			newResponder(t, router, "255.255.255.255", func(m *dhcpv4.DHCPv4) [][]byte {
-				if m.MessageType() == dhcpv4.MessageTypeRequest && naks.Add(1) <= times {
-					return [][]byte{nak(m).ToBytes()}
+				a := proper(m)
+				if !c.same {
+					a.YourIPAddr = net.IP{10, 77, 0, byte(50 + naks.Load())}
 				}
-				return [][]byte{proper(m).ToBytes()}
+				if m.MessageType() == dhcpv4.MessageTypeRequest && naks.Add(1) <= c.times {
+					a = nak(m)
+				}
+				return [][]byte{a.ToBytes()}
 			})
 			patient := &Client{waits: []time.Duration{2 * time.Second, 2 * time.Second}} // nothing is silent here
 			l, err := patient.Acquire(t.Context(), "lan0", station(1), netip.Addr{}, lan4)
-			if !errors.Is(err, want) || want == nil && l.Address.Addr() != theAddress {
-				t.Errorf("refused %d times: %v, %v", times, l, err)
+			switch {
+			case c.want == "" && (err != nil || !lan4.Contains(l.Address.Addr())):
+				t.Errorf("%v, %v", l, err)
+			case c.want != "" && (!errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), c.want)):
+				t.Errorf("%v, %v; want %s", l, err, c.want)
+			}
+			if n := naks.Load(); n != c.asked {
+				t.Errorf("asked %d times, want %d", n, c.asked)
 			}
 		})
+	}
+}
+
+// TestNoOffer: an offer that the caller says is none is not requested, and the same
+// one again ends the matter.
+func TestNoOffer(t *testing.T) {
+	_, router := newLAN(t)
+	var offers, requests atomic.Int32
+	var other atomic.Bool
+	newResponder(t, router, "255.255.255.255", func(m *dhcpv4.DHCPv4) [][]byte {
+		a := proper(m)
+		if m.MessageType() == dhcpv4.MessageTypeRequest {
+			requests.Add(1)
+		} else if offers.Add(1); other.Load() && offers.Load() > 1 {
+			a.YourIPAddr = net.IP{10, 77, 0, 51}
+		}
+		if m.MessageType() == dhcpv4.MessageTypeRequest {
+			a.YourIPAddr = m.RequestedIPAddress()
+		}
+		return [][]byte{a.ToBytes()}
+	})
+	ours := func(offer Lease) error {
+		if offer.Address.Addr() == theAddress {
+			return fmt.Errorf("%s: %w", offer.Address, ErrNoOffer)
+		}
+		return nil
+	}
+	_, err := hasty().AcquireAfter(t.Context(), "lan0", station(1), netip.Addr{}, lan4, ours)
+	if !errors.Is(err, ErrNoOffer) || offers.Load() != 2 || requests.Load() != 0 {
+		t.Errorf("%v, %d offers, %d requests", err, offers.Load(), requests.Load())
+	}
+	offers.Store(0)
+	other.Store(true)
+	l, err := hasty().AcquireAfter(t.Context(), "lan0", station(1), netip.Addr{}, lan4, ours)
+	if err != nil || l.Address.Addr() != addr("10.77.0.51") || requests.Load() != 1 {
+		t.Errorf("%v, %v, %d requests", l, err, requests.Load())
 	}
 }
 

@@ -1,0 +1,98 @@
+package ipam
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"strings"
+	"testing"
+
+	"github.com/weftnet/weft/internal/dhcp"
+)
+
+// TestServerForgot: a server that has lost its leases offers what containers have.
+// They keep it, it hears of them again, and the new container is given another.
+func TestServerForgot(t *testing.T) {
+	l := newLeasing(t, nil)
+	var have []netip.Addr
+	for _, name := range []string{"a", "b", ""} {
+		have = append(have, netip.MustParsePrefix(l.addressFor(leasedPool, name, "")).Addr())
+	}
+	clear(l.server.leases)
+	got := l.addressFor(leasedPool, "c", "")
+	if got != "10.77.0.103/24" || l.server.declined > 0 {
+		t.Errorf("%s, %d declined", got, l.server.declined)
+	}
+	p := l.only()
+	for _, a := range have {
+		holder, leased := l.server.holder(a)
+		if !leased || holder != p.leased[a].Station.IAID || p.leased[a].trouble != "" {
+			t.Errorf("%s: %v, of %d", a, leased, holder)
+		}
+	}
+	if p.counts.Extended != 3 {
+		t.Errorf("%+v", p.counts)
+	}
+}
+
+// TestServerInsists: what a container has is not given up to a server that offers it
+// whatever it is told.
+func TestServerInsists(t *testing.T) {
+	l := newLeasing(t, nil)
+	a := netip.MustParsePrefix(l.addressFor(leasedPool, "a", "")).Addr()
+	l.server.stubborn = a
+	got := l.addressFor(leasedPool, "b", "")
+	if !strings.Contains(got, "offers 10.77.0.100, which container a of this host has") || l.server.declined+l.server.released > 0 {
+		t.Errorf("%s, %d declined, %d released", got, l.server.declined, l.server.released)
+	}
+	if holder, leased := l.server.holder(a); !leased || holder != l.only().leased[a].Station.IAID || l.only().taken.len() != 1 || len(l.only().keys) != 1 {
+		t.Errorf("%v, of %d; taken %d", leased, holder, l.only().taken.len())
+	}
+}
+
+// TestSquatterOffered: an address that a station of the LAN has is declined once, and
+// a server that offers it again is to blame.
+func TestSquatterOffered(t *testing.T) {
+	l := newLeasing(t, nil)
+	l.server.stubborn = netip.MustParseAddr("10.77.0.102")
+	asked := 0
+	l.vet = func(_ context.Context, _ netip.Prefix, a netip.Addr) error {
+		asked++
+		if a == l.server.stubborn {
+			return errors.New("02:11:22:33:44:55 has it; take another, or make the network with -o probe=false")
+		}
+		return nil
+	}
+	l.server.step = func(do func() error) error { // it never learns
+		err := do()
+		clear(l.server.leases)
+		return err
+	}
+	got := l.addressFor(leasedPool, "a", "")
+	if l.server.declined != 1 || asked != 1 || !strings.Contains(got, "offers 10.77.0.102, which another station of the LAN has, and was told so") {
+		t.Errorf("%d declined, %d probes: %s", l.server.declined, asked, got)
+	}
+	if got := l.addressFor(leasedPool, "a", "10.77.0.102"); !strings.Contains(got, "02:11:22:33:44:55 has it") {
+		t.Errorf("asked for by number, it is looked for again: %s", got)
+	}
+	l.server.stubborn = netip.Addr{}
+	if got := l.addressFor(leasedPool, "a", ""); got != "10.77.0.100/24" {
+		t.Error(got)
+	}
+	if len(l.only().leased) != 1 || l.only().taken.len() != 1 {
+		t.Errorf("%v, %d taken", l.only().leased, l.only().taken.len())
+	}
+}
+
+// TestRefusedIsNotReleased: the server that refused knows of no lease to be released.
+func TestRefusedIsNotReleased(t *testing.T) {
+	l := newLeasing(t, nil)
+	l.server.step = func(func() error) error { return dhcp.ErrRefused }
+	if got := l.addressFor(leasedPool, "a", ""); !strings.Contains(got, dhcp.ErrRefused.Error()) {
+		t.Error(got)
+	}
+	l.run()
+	if l.server.released+l.server.declined > 0 || l.only().taken.len() > 0 || len(l.only().leased) > 0 {
+		t.Errorf("%d released, %d declined, %d taken", l.server.released, l.server.declined, l.only().taken.len())
+	}
+}
