@@ -247,11 +247,12 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			p.cursor = a.Next()
 		}
 		p.taken.add(a)
-		p.busy[a] = &busy{done: make(chan struct{})}
+		b := &busy{done: make(chan struct{})}
+		p.busy[a] = b
 		p.mu.Unlock()
 		i.forgetNames(ctx, p, lost)
 
-		err := i.write(ctx, p, a, r, false)
+		err := i.write(ctx, p, a, r, b, false)
 		if errors.Is(err, store.ErrExists) {
 			continue // another host was quicker; the address stays marked
 		}
@@ -336,9 +337,10 @@ func (i *IPAM) explicit(ctx context.Context, p *pool, r addressRequest) (again b
 		// Free, or about to be freed by Run, which lets go of it here, or
 		// another host's as far as this one knows.
 		p.taken.add(r.want)
-		p.busy[r.want] = &busy{done: make(chan struct{})}
+		own := &busy{done: make(chan struct{})}
+		p.busy[r.want] = own
 		p.mu.Unlock()
-		err := i.write(ctx, p, r.want, r, b != nil)
+		err := i.write(ctx, p, r.want, r, own, b != nil)
 		if errors.Is(err, store.ErrExists) && b != nil && !p.shared() {
 			return false, nil // the write before, whose outcome nobody knew
 		}
@@ -387,9 +389,9 @@ func (p *pool) gateway() netip.Addr {
 	return out
 }
 
-// write writes the record of an address that is marked as taken and busy, and
-// ends its being busy. doubtful: there may be a record from a write before.
-func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressRequest, doubtful bool) error {
+// write writes the record of an address that is marked as taken and, with b, busy,
+// and ends its being busy. doubtful: there may be a record from a write before.
+func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressRequest, b *busy, doubtful bool) error {
 	k, name, kept := r.kind, r.name, uint64(0)
 	if p.shared() {
 		p.mu.Lock()
@@ -404,7 +406,6 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressReques
 	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k, name, kept)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	b := p.busy[a]
 	close(b.done)
 	switch {
 	case err != nil && p.leased[a] != nil: // back with it

@@ -457,7 +457,7 @@ func (i *IPAM) keepLease(ctx context.Context, q *asking, r addressRequest, got d
 	if r.kind == kindAuto && r.name != "" {
 		r.kind = kindNamed
 	}
-	err := i.write(ctx, p, a, r, false)
+	err := i.write(ctx, p, a, r, q.busy, false)
 	q.busy = nil // if it failed Run gives the lease back
 	if err == nil {
 		p.mu.Lock()

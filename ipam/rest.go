@@ -158,7 +158,8 @@ func (p *pool) oldest(r addressRequest) (a netip.Addr, lost []binding, ok bool) 
 	var at time.Time
 	asked := false
 	for addr, t := range p.since {
-		if addr.Less(first) || last.Less(addr) || r.elsewhere(addr) {
+		// One that is being written for its name is taken already.
+		if addr.Less(first) || last.Less(addr) || p.taken.has(addr) || r.elsewhere(addr) {
 			continue
 		}
 		by := p.asked(addr)
