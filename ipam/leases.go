@@ -334,9 +334,6 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 		delete(p.keys, key)
 	}
 	p.mu.Unlock()
-	if err == nil && ctx.Err() != nil { // that there is none was answered meanwhile
-		err = errors.Join(ctx.Err(), i.releaseAddress(context.WithoutCancel(ctx), r.id, a.Addr()))
-	}
 	if err != nil {
 		return netip.Prefix{}, err
 	}

@@ -2,12 +2,16 @@ package ipam
 
 import (
 	"context"
+	"errors"
 	"net/netip"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
+	"github.com/docker/go-plugins-helpers/ipam"
+
+	"github.com/weftnet/weft/internal/plugin"
 	"github.com/weftnet/weft/internal/store"
 )
 
@@ -66,5 +70,44 @@ func TestKeptWhileWritten(t *testing.T) {
 	}
 	if got := <-first; got != "10.1.0.2/29" {
 		t.Errorf("a has %s", got)
+	}
+}
+
+// TestGrantedTooLate: an address whose request ends after the engine was told that there
+// is none is free again, and the name's next time.
+func TestGrantedTooLate(t *testing.T) {
+	h := newHouse(t)
+	id := h.do("pool local 10.1.0.0/29")
+	key := poolKey{LocalSpace, netip.MustParsePrefix("10.1.0.0/29")}
+	for name, want := range map[string]string{"a": "", "b": "10.1.0.6"} {
+		good := h.store
+		slow := newSlowPut(good, key.name(name)) // after the address
+		h.store = slow
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() {
+			_, err := h.RequestAddress(ctx, ipam.RequestAddressRequest{
+				PoolID: id, Address: want, Options: map[string]string{plugin.OptionEndpointName: name},
+			})
+			done <- err
+		}()
+		<-slow.came
+		cancel() // the call's time is over
+		close(slow.goes)
+		if err := <-done; !errors.Is(err, context.Canceled) {
+			t.Errorf("want %q: %v", want, err)
+		}
+		h.store = good
+		if n := h.Status(t.Context()).Pools[0].Used; n != 0 {
+			t.Errorf("want %q: %d used", want, n)
+		}
+		if left, err := h.bolt.List(t.Context(), addressPrefix); err != nil || len(left) > 0 {
+			t.Errorf("want %q: left on disk %v, %v", want, left, err)
+		}
+		if got := h.addressFor(id, name, want); got != map[string]string{"a": "10.1.0.1/29", "b": "10.1.0.6/29"}[name] {
+			t.Errorf("want %q, the next time: %s", want, got)
+		}
+		h.do("free " + id + " 10.1.0.1")
+		h.do("free " + id + " 10.1.0.6")
 	}
 }
