@@ -570,8 +570,10 @@ func (c *Cluster) save(ctx context.Context, vni uint32, n *network) error {
 		return c.c.Parts.Delete(ctx, key)
 	}
 	var others []Known
+	now := time.Now().UTC()
 	for _, k := range c.table.Known() {
 		if k.Part.VNI == vni && k.Part.Host != c.c.Host {
+			k.Saved = now
 			others = append(others, k)
 		}
 	}

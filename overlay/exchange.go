@@ -287,7 +287,7 @@ func (g *Gossip) receive(m message) {
 	}
 	refused := map[partID]bool{} // they are not confirmed: what is wrong, a clock, may be mended
 	for _, k := range m.Parts {
-		if _, err := g.table.Merge(k.Part, k.Silent); err != nil {
+		if _, err := g.table.merge(k, false); err != nil {
 			refused[partID{k.Part.Host, k.Part.VNI}] = true
 			g.refuse(m, err)
 		}

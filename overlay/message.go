@@ -38,6 +38,9 @@ const wireVersion = 1
 // mostState bounds what is sent and decoded at once. A part is 25 kB at most.
 const mostState = 16 << 20 // bytes
 
+// guessed is the bit of Known.Silent that says so; an older release ignores it.
+const guessed = 1 << 63
+
 // errWire is returned for a message of another release.
 var errWire = errors.New("message of another version")
 
@@ -61,7 +64,11 @@ func (m message) encode() []byte {
 	}
 	b = binary.BigEndian.AppendUint32(b, uint32(len(m.Parts)))
 	for _, k := range m.Parts {
-		b = binary.BigEndian.AppendUint64(b, uint64(k.Silent))
+		silent := uint64(k.Silent) & (guessed - 1)
+		if k.Guessed {
+			silent |= guessed
+		}
+		b = binary.BigEndian.AppendUint64(b, silent)
 		b = appendPart(b, k.Part)
 	}
 	return m.appendRanges(b)
@@ -186,7 +193,8 @@ func decode(b []byte) (message, error) {
 		m.Acks = append(m.Acks, ack{VNI: r.uint32(), Version: r.uint64()})
 	}
 	for n := r.uint32(); n > 0 && !r.short; n-- {
-		m.Parts = append(m.Parts, Known{Silent: time.Duration(r.uint64() & (1<<63 - 1)), Part: r.part()})
+		silent := r.uint64()
+		m.Parts = append(m.Parts, Known{Silent: time.Duration(silent & (guessed - 1)), Guessed: silent&guessed != 0, Part: r.part()})
 	}
 	r.ranges(m.Parts)
 	if r.short || !isID(m.From) {

@@ -64,8 +64,11 @@ type own struct {
 type host struct {
 	name   string
 	silent time.Time // since when; zero while it is heard
-	heard  bool      // it was, or is: not all that is known of it came by others
-	parts  map[uint32]Part
+	// guessed says that silent is when this process began: it has not heard the host
+	// since, and does not know when it was heard last.
+	guessed bool
+	heard   bool // it was, or is: not all that is known of it came by others
+	parts   map[uint32]Part
 }
 
 // What others say is bounded. Whoever is let in may say anything, and without a
@@ -237,72 +240,6 @@ func (t *Table) has(vni uint32) bool {
 	return ok && !o.part.Gone
 }
 
-// Merge takes a part over, if it is newer than what is known. silent is for how
-// long whoever passed it on has not heard of its host; it counts where this host
-// does not hear it either, and the one who heard it last is right. A part of this host itself, from before a restart
-// that forgot it, makes the next version later than that. fresh reports whether
-// the part was taken over.
-func (t *Table) Merge(p Part, silent time.Duration) (fresh bool, err error) {
-	return t.merge(p, silent, false)
-}
-
-// Restore merges what this host kept itself. It is checked as what others say:
-// a file may hold what an older release believed.
-func (t *Table) Restore(k Known) error {
-	_, err := t.merge(k.Part, k.Silent, !k.Unheard)
-	return err
-}
-
-func (t *Table) merge(p Part, silent time.Duration, heard bool) (fresh bool, err error) {
-	p.Name = Plain(p.Name)
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	now := t.now()
-	until := latest(now)
-	if p.Host == t.self {
-		until = max(until, t.issued) // nobody made that up
-	}
-	if err := p.check(until); err != nil {
-		return false, err
-	}
-	if p.Host == t.self {
-		t.outdo(p)
-		return false, nil
-	}
-	if !t.has(p.VNI) {
-		return false, nil
-	}
-	h := t.hosts[p.Host]
-	since := now.Add(-max(silent, 0))
-	if h != nil && !h.silent.IsZero() && since.Sub(h.silent) > onTheWay {
-		h.silent = since
-	}
-	if h == nil {
-		h = &host{name: p.Name, silent: since, heard: heard, parts: map[uint32]Part{}}
-	}
-	if !h.silent.IsZero() && now.Sub(h.silent) >= t.grace {
-		return false, nil
-	}
-	// What is too far ahead was believed by another clock, and is no newer. What a host
-	// of an older release passed on lacks the ranges.
-	if old, ok := h.parts[p.VNI]; ok && old.Version >= p.Version && old.Version <= until &&
-		(old.Version > p.Version || len(old.Ranges) >= len(p.Ranges)) {
-		return false, nil
-	}
-	if err := t.room(h, p); err != nil {
-		return false, err
-	}
-	t.raise(Part{Endpoints: p.Endpoints})
-	t.hosts[p.Host] = h
-	if h.name != p.Name {
-		h.name = p.Name
-		t.touchAll(h)
-	}
-	h.parts[p.VNI] = p
-	t.touchOther(p.VNI)
-	return true, nil
-}
-
 // room refuses what is more than a network or a cluster can have; mu is held.
 func (t *Table) room(h *host, p Part) error {
 	if t.hosts[p.Host] == nil {
@@ -334,10 +271,6 @@ func (t *Table) room(h *host, p Part) error {
 	return nil
 }
 
-// onTheWay is for how long a message may have been under way. Without it, hosts
-// that tell each other of a dead one would make it a little younger each time.
-const onTheWay = 10 * time.Second
-
 // outdo answers a part of this host that others have; mu is held.
 func (t *Table) outdo(p Part) {
 	o, ok := t.own[p.VNI]
@@ -364,45 +297,6 @@ func (t *Table) withdrawn() (n int) {
 		}
 	}
 	return n
-}
-
-// Heard says that a host is there.
-func (t *Table) Heard(id, name string) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if id == t.self {
-		return
-	}
-	h := t.hosts[id]
-	if h == nil {
-		if len(t.hosts) >= mostHosts {
-			return
-		}
-		h = &host{parts: map[uint32]Part{}}
-		t.hosts[id] = h
-	}
-	if !h.heard {
-		h.heard = true
-		t.touchAll(h) // its claims count from now on
-	}
-	if name = Plain(name); h.name != name {
-		h.name = name
-		t.touchAll(h)
-	}
-	if !h.silent.IsZero() {
-		h.silent = time.Time{}
-		t.touchAll(h)
-	}
-}
-
-// Silent says that a host is not heard any more.
-func (t *Table) Silent(id string) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	if h := t.hosts[id]; h != nil && h.silent.IsZero() {
-		h.silent = t.now()
-		t.touchAll(h) // who is silent does not contest what it loses
-	}
 }
 
 func (t *Table) touchAll(h *host) {
@@ -434,38 +328,6 @@ func (t *Table) Expire() (names []string) {
 	}
 	slices.Sort(names)
 	return names
-}
-
-// Known is a part and for how long its host has been silent.
-type Known struct {
-	Part   Part          `json:"part"`
-	Silent time.Duration `json:"silent,omitempty"`
-	// Unheard is not passed on: it is about who tells this one.
-	Unheard bool `json:"unheard,omitempty"`
-}
-
-// Known are all parts, this host's own first.
-func (t *Table) Known() []Known {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	var list []Known
-	for _, vni := range slices.Sorted(maps.Keys(t.own)) {
-		list = append(list, Known{Part: t.own[vni].part})
-	}
-	for _, id := range slices.Sorted(maps.Keys(t.hosts)) {
-		h := t.hosts[id]
-		for _, p := range byVNI(h.parts) {
-			list = append(list, Known{Part: p, Silent: h.quiet(t.now()), Unheard: !h.heard})
-		}
-	}
-	return list
-}
-
-func (h *host) quiet(now time.Time) time.Duration {
-	if h.silent.IsZero() {
-		return 0
-	}
-	return max(now.Sub(h.silent), 1)
 }
 
 // Holders are the hosts that have a network, this one not among them.
@@ -528,24 +390,6 @@ func (t *Table) knows(id string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	return t.hosts[id] != nil
-}
-
-// silentParts are the parts of networks whose hosts are not heard.
-func (t *Table) silentParts(vnis []uint32) []Known {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	var list []Known
-	for _, h := range t.hosts {
-		if h.silent.IsZero() {
-			continue
-		}
-		for _, vni := range vnis {
-			if p, ok := h.parts[vni]; ok {
-				list = append(list, Known{Part: p, Silent: h.quiet(t.now())})
-			}
-		}
-	}
-	return list
 }
 
 // Peer is one other host, for people.
