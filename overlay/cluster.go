@@ -133,18 +133,6 @@ func New(ctx context.Context, c Config) (*Cluster, error) {
 	return x, nil
 }
 
-// Identity is the ID of this host among others, made at the first call. It is
-// not the host name, which people change.
-func Identity(ctx context.Context, s disk) (string, error) {
-	const key = "host/id"
-	r, err := s.Get(ctx, key)
-	if errors.Is(err, store.ErrNotFound) {
-		id := fmt.Sprintf("%016x%016x", rand.Uint64(), rand.Uint64())
-		r, err = s.Put(ctx, store.Record{Key: key, Value: []byte(id)})
-	}
-	return string(r.Value), err
-}
-
 // Admit implements the driver's cluster.
 func (c *Cluster) Admit(ctx context.Context, n *driver.Network) error {
 	if n.Options.Join != "" {

@@ -85,13 +85,15 @@ type Etcd struct {
 	// since is when hosts fell silent: those with parts that are not alive.
 	since map[string]time.Time
 	taken map[uint32]bool // networks of this host that parts were merged for
+	// moves has, by key, how often the address of a part has changed.
+	moves map[string]*turns
 }
 
 // NewEtcd returns an Engine for the Table.
 func NewEtcd(c EtcdConfig) *Etcd {
 	return &Etcd{
 		EtcdConfig: c, wake: make(chan struct{}, 1), known: map[string]store.Record{},
-		parts: map[string]Part{}, refused: map[string]error{}, since: map[string]time.Time{}, taken: map[uint32]bool{},
+		parts: map[string]Part{}, refused: map[string]error{}, since: map[string]time.Time{}, taken: map[uint32]bool{}, moves: map[string]*turns{},
 	}
 }
 
@@ -232,6 +234,7 @@ func (e *Etcd) part(ev store.Event) {
 	var p Part
 	if ev.Deleted {
 		delete(e.refused, ev.Key)
+		delete(e.moves, ev.Key)
 		if !had {
 			return // our own, or broken
 		}
@@ -248,6 +251,7 @@ func (e *Etcd) part(ev store.Event) {
 			return
 		}
 	}
+	e.noteMove(ev.Key, p)
 	if p.Host == e.Table.self {
 		delete(e.refused, ev.Key)
 		_, _ = e.Table.Merge(p, 0) // it was checked
@@ -373,10 +377,14 @@ func (e *Etcd) write(ctx context.Context) error {
 	defer again.Stop()
 	last := ""
 	for {
+		soon := e.wake
+		if e.hasTwin() { // or the two answer each other as fast as the store can write
+			soon = nil
+		}
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
-		case <-e.wake:
+		case <-soon:
 		case <-again.C:
 		}
 		text := ""

@@ -13,7 +13,8 @@ import (
 
 // peer is another host.
 type peer struct {
-	nodes []memberlist.Node // its members that are there, the newest last
+	nodes []memberlist.Node    // its members that are there, the newest last
+	came  map[string]time.Time // since when, by their names
 	name  string
 	dirty bool      // something changed since it was last looked at
 	next  time.Time // when to look at it if nothing changes
@@ -126,11 +127,11 @@ func (g *Gossip) clean() {
 		maps.DeleteFunc(p.parts, func(vni uint32, _ *delivery) bool { return !own[vni] })
 		maps.DeleteFunc(p.asked, func(vni uint32, _ uint64) bool { return !own[vni] })
 	}
-	twins := slices.Collect(maps.Values(g.twins))
+	twins := g.twinsLocked()
 	g.mu.Unlock()
 	for _, t := range twins {
-		if time.Since(t.since) > twinPause && g.once("twin "+t.addr) {
-			g.log.Errorf("host %s at %s has the same ID as this one, %s: each undoes what the other says. Was one copied from the other? Give one a new ID", t.name, t.addr, g.id)
+		if g.once("twin " + t.Peer) {
+			g.log.Errorf("%s: %s", t.Peer, t.Reason)
 		}
 	}
 }

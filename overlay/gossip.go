@@ -36,10 +36,6 @@ const (
 	lastPause  = 3 * time.Second
 	// batchPause is between two looks at all peers, while messages come in.
 	batchPause = time.Millisecond
-
-	// twinPause is for how long another member may have this host's ID. It may
-	// be this host itself, at the address that it had before.
-	twinPause = 15 * time.Second
 )
 
 // GossipConfig is what a Gossip needs. Store may be nil.

@@ -896,23 +896,6 @@ func TestKey(t *testing.T) {
 }
 
 // TestGossipTwin: two hosts have one ID, as when a machine was copied.
-func TestGossipTwin(t *testing.T) {
-	t.Parallel()
-	w := newWires()
-	nodes := w.cluster(t, 2)
-	nodes[0].set(1, 1)
-	nodes[1].set(1, 2)
-	twin := w.run(t, w.host(1, nodes[0].addr.String()))
-	twin.set(1, 3)
-	within(t, twinPause+5*time.Second, "both complain", func() bool {
-		return len(twin.logged("same ID")) == 1 && len(nodes[1].logged("same ID")) == 1
-	})
-	t.Log(twin.logged("same ID")[0])
-	if nodes[0].silent(nodes[1]) {
-		t.Error("the ID is silent")
-	}
-}
-
 // TestGossipLateAddress: the underlay may come up after the plugin.
 func TestGossipLateAddress(t *testing.T) {
 	t.Parallel()

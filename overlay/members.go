@@ -11,13 +11,6 @@ import (
 	"github.com/hashicorp/memberlist"
 )
 
-// twin is a member with this host's ID.
-type twin struct {
-	addr  string
-	name  string
-	since time.Time
-}
-
 // meta is what memberlist carries for us with each member.
 type meta struct {
 	Host string `json:"host"`
@@ -104,7 +97,7 @@ func (g delegate) NotifyJoin(n *memberlist.Node) {
 	}
 	p := g.peers[m.Host]
 	if p == nil {
-		p = &peer{parts: map[uint32]*delivery{}}
+		p = &peer{parts: map[uint32]*delivery{}, came: map[string]time.Time{}}
 		g.peers[m.Host] = p
 	}
 	if len(p.nodes) == 0 {
@@ -115,6 +108,7 @@ func (g delegate) NotifyJoin(n *memberlist.Node) {
 		g.news = append(g.news, fmt.Sprintf("host %s, %s, is heard", m.Name, n.Addr))
 	}
 	p.nodes = append(p.nodes, *n)
+	p.came[n.Name] = time.Now()
 	p.name, p.dirty = m.Name, true
 	g.table.Heard(m.Host, m.Name)
 	wake(g.wake)
@@ -142,6 +136,7 @@ func (g delegate) NotifyLeave(n *memberlist.Node) {
 	if !ok || p == nil || g.ended {
 		return
 	}
+	delete(p.came, n.Name)
 	p.nodes = slices.DeleteFunc(p.nodes, func(o memberlist.Node) bool { return o.Name == n.Name })
 	if len(p.nodes) > 0 {
 		p.dirty = true

@@ -15,6 +15,8 @@ type Trouble struct {
 	Peer   string    `json:"peer"` // as the settings name it, or its address or ID
 	Reason string    `json:"reason"`
 	Since  time.Time `json:"since"`
+	// Twin says that it is about two hosts with one ID.
+	Twin bool `json:"twin,omitempty"`
 
 	last time.Time
 	seed bool // it is about a peer that was named
@@ -115,6 +117,7 @@ func (g *Gossip) Troubles() []Trouble {
 	for _, t := range g.troubles {
 		list = append(list, *t)
 	}
+	list = append(list, g.twinsLocked()...)
 	slices.SortFunc(list, func(a, b Trouble) int { return cmp.Compare(a.Peer, b.Peer) })
 	return list
 }

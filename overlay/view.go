@@ -67,7 +67,7 @@ func (t *Table) View(vni uint32) View {
 	for _, id := range slices.Sorted(maps.Keys(t.hosts)) {
 		h := t.hosts[id]
 		p, ok := h.parts[vni]
-		if !ok || p.Gone {
+		if !ok || p.Gone || p.VTEP == own.VTEP { // the last is this host, under the ID that it had before
 			continue
 		}
 		if err := own.fits(p); err != nil {
@@ -79,7 +79,7 @@ func (t *Table) View(vni uint32) View {
 		if mine, theirs, ok := own.overlap(p); ok && h.silent.IsZero() {
 			v.Conflicts = append(v.Conflicts, fmt.Sprintf("host %s chooses addresses of VNI %d from %s, as this host does from %s: what one has given out is skipped by the other; make the network with an --ip-range of its own on each host", h.name, vni, theirs, mine))
 		}
-		if p.VTEP != own.VTEP && !slices.Contains(v.VTEPs, p.VTEP) {
+		if !slices.Contains(v.VTEPs, p.VTEP) {
 			v.VTEPs = append(v.VTEPs, p.VTEP)
 		}
 		add(&p, h.name, !h.silent.IsZero(), !h.heard)
@@ -119,7 +119,7 @@ func contend[K interface {
 		win, lose = c, old
 	}
 	best[key] = win
-	if win.part.Host != lose.part.Host && !win.silent && !lose.silent {
+	if win.part.Host != lose.part.Host && win.part.VTEP != lose.part.VTEP && !win.silent && !lose.silent {
 		v.Conflicts = append(v.Conflicts, fmt.Sprintf("%s is claimed by host %s and by host %s; the later claim, that of %s, has it", key, old.name, c.name, win.name))
 	}
 }

@@ -171,6 +171,9 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if err := ownState(ctx, p.weft, s, log); err != nil {
 		return p, err
 	}
+	if err := ownMachine(ctx, p.weft, datapath.Machine(), log); err != nil {
+		return p, err
+	}
 	if p.kernel, err = datapath.New(datapath.Config{Instance: s.instance, Log: log}); err != nil {
 		return p, err
 	}

@@ -47,6 +47,8 @@ func (d document) trouble() error {
 		return errors.New("the plugin has failed: every call is answered with that")
 	case d.Drift.Error != "":
 		return errors.New("not everything could be repaired")
+	case slices.ContainsFunc(d.Cluster.Troubles, func(t overlay.Trouble) bool { return t.Twin }):
+		return errors.New("two hosts have one ID, see `weft status peers`")
 	}
 	return nil
 }

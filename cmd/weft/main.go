@@ -28,6 +28,7 @@ const usage = `usage: weft COMMAND [FLAGS]
   status    show networks, endpoints and pools: status [networks|endpoints|pools|peers]
   address   keep or free an address: address reserve NAME ADDRESS|forget NAME|release ADDRESS|release -stranded
   network   forget a network that the engine no longer has: network forget ID|unclaimed
+  cluster   have a host be another one, after a copy was made of it: cluster new-id
   secret    exchange the cluster's password: secret add|use|remove, the password on standard input
   uninstall remove everything of an instance from this host's network, when its plugin is gone
   version   show what this is
@@ -83,6 +84,8 @@ func run(ctx context.Context, args []string, p program) int {
 		err = p.network(ctx, args[1:])
 	case "uninstall":
 		err = p.uninstall(ctx, args[1:])
+	case "cluster":
+		err = p.cluster(ctx, args[1:])
 	case "secret":
 		err = p.secret(ctx, args[1:])
 	case "version":

@@ -113,6 +113,24 @@ func example() document {
 	}
 }
 
+// TestStatusTwins: two hosts with one ID undo each other's work, which is wrong on
+// every host that sees it.
+func TestStatusTwins(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	doc := document{Version: "1.0", Phase: serving, now: at.Add(3 * time.Minute)}
+	doc.Cluster.Troubles = []overlay.Trouble{{Peer: "hosts a at 192.0.2.1 and a at 192.0.2.2", Reason: "they have one ID", Since: at}}
+	answers(t, socket, doc)
+	if code, out, errs := weft(t, "", "status", "--socket", socket); code != 0 || !strings.Contains(out, "a at 192.0.2.2") {
+		t.Errorf("another trouble: exit %d, %s%s", code, out, errs)
+	}
+	socket += "2"
+	doc.Cluster.Troubles[0].Twin = true
+	answers(t, socket, doc)
+	if code, out, errs := weft(t, "", "status", "--socket", socket); code != 1 || !strings.Contains(out, "a at 192.0.2.2") || !strings.Contains(errs, "two hosts have one ID") {
+		t.Errorf("twins: exit %d, %s%s", code, out, errs)
+	}
+}
+
 // TestStatusPeers shows other hosts, and what is wrong between them.
 func TestStatusPeers(t *testing.T) {
 	doc := example()

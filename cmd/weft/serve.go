@@ -94,7 +94,7 @@ func (d *daemon) serveAdmin(ctx context.Context) {
 	path := filepath.Join(d.settings.state, adminSocket)
 	l, err := plugin.Listen(path)
 	if err == nil {
-		err = admin.Serve(ctx, l, map[string]admin.Call{admin.PathStatus: d.status, admin.PathSecret: d.secret, admin.PathAddress: d.address, admin.PathNetwork: d.network}, d.log)
+		err = admin.Serve(ctx, l, map[string]admin.Call{admin.PathStatus: d.status, admin.PathSecret: d.secret, admin.PathNewID: d.newID, admin.PathAddress: d.address, admin.PathNetwork: d.network}, d.log)
 	}
 	if err != nil {
 		d.log.WithError(fmt.Errorf("serve status: %w", err)).Error("weft status will not work")

@@ -22,6 +22,7 @@ const (
 	PathSecret  = "/v1/secret"
 	PathAddress = "/v1/address"
 	PathNetwork = "/v1/network"
+	PathNewID   = "/v1/cluster/new-id"
 )
 
 // Call answers a request with a value, or an error in one line. The body is
