@@ -34,7 +34,14 @@ type peer struct {
 	want   []uint32 // what was asked by it
 	echo   []Known  // parts of its own that it does not know of
 
+	// loud and via say how else what is said next gets to it: by a stream, by another
+	// host.
+	loud bool
+	via  string
+
 	busy bool // a stream to it is open
+
+	direct time.Time // when a packet of it last answered one of ours
 }
 
 // delivery is something that is said until the other confirms it.
@@ -138,22 +145,20 @@ func (g *Gossip) clean() {
 
 // send says to each peer what there is to say, and returns when to look again.
 func (g *Gossip) send(list *memberlist.Memberlist, streams *errgroup.Group) time.Time {
-	type letter struct {
-		id   string
-		to   memberlist.Node
-		body []byte
-		both bool // by packet and by stream
-	}
-	var letters []letter
 	now := time.Now()
 	next := now.Add(time.Minute)
 	g.mu.Lock()
+	letters := g.passing
+	g.passing = nil
 	own := g.table.owned()
 	for id, p := range g.peers {
 		if len(p.nodes) > 0 && (p.dirty || !now.Before(p.next)) {
+			loud, via := p.loud, p.via
 			m, stuck := g.compose(id, p, own, now)
 			if m.Query != 0 || m.Answer != 0 || len(m.Acks)+len(m.Parts) > 0 {
-				letters = append(letters, letter{id, p.nodes[len(p.nodes)-1], m.encode(), stuck})
+				m.Loud = stuck
+				letters = append(letters, letter{id, p.nodes[len(p.nodes)-1], m.encode(), stuck || loud})
+				letters = append(letters, g.detours(m, id, via, stuck)...)
 			}
 		}
 		if len(p.nodes) > 0 && p.next.Before(next) {
@@ -224,7 +229,7 @@ func (g *Gossip) compose(id string, p *peer, own []own, now time.Time) (m messag
 	if len(p.want) > 0 {
 		m.Parts = append(m.Parts, g.table.silentParts(p.want)...)
 	}
-	p.acks, p.answer, p.want, p.echo = nil, 0, nil, nil
+	p.acks, p.answer, p.want, p.echo, p.loud, p.via = nil, 0, nil, nil, false, ""
 
 	if vnis := g.unasked(id, p, own); len(vnis) > 0 || !p.greeted {
 		if p.query == 0 || !maps.Equal(vnis, p.vnis) {
@@ -309,6 +314,10 @@ func (g *Gossip) receive(m message) {
 		return
 	}
 	p.dirty = true
+	p.loud = p.loud || m.Loud
+	if m.Via != "" {
+		p.via = m.Via
+	}
 	for _, k := range m.Parts {
 		vni := k.Part.VNI
 		switch {

@@ -63,8 +63,9 @@ type GossipConfig struct {
 // it theirs. So it sends the part to them directly, until each has said which
 // version it has. Nobody passes parts on: that would bring them to hosts that
 // have nothing to do with the network, and its writer could not know when all
-// have it. The one exception is the exchange of everything with one member now
-// and then, by which a host learns of those that it cannot reach itself.
+// have it. The exceptions are the exchange of everything with one member now and
+// then, by which a host learns of those that it has never heard, and what two hosts
+// say to each other that do not reach each other: a third one passes it on.
 //
 // A host asks each member once about each of its networks: when the network is
 // new, and when the member is. The answer is the other's part of it, which makes
@@ -95,6 +96,7 @@ type Gossip struct {
 	said      map[string]time.Time // when a line that is not repeated was logged
 	news      []string             // to be logged when no lock is held
 	troubles  map[string]*Trouble  // by what they are about
+	passing   []letter             // of others, to others
 	seeds     map[string]*seed
 	strangers map[netip.AddrPort]time.Time // who is no member and talks to us; when it was last tried
 }
@@ -200,7 +202,7 @@ func (g *Gossip) create(ctx context.Context) (*memberlist.Memberlist, error) {
 	c.TCPTimeout = streamTime
 	c.Keyring = g.ring
 	c.EnableCompression = false // it allocates 64 kB for each packet, to save little of ours
-	c.Delegate, c.Events, c.Alive = delegate{g}, delegate{g}, delegate{g}
+	c.Delegate, c.Events, c.Alive, c.Ping = delegate{g}, delegate{g}, delegate{g}, delegate{g}
 	c.LogOutput = lines{g}
 	// Its news reach most members but not surely all; more repetitions, and the
 	// exchange of everything, see to the rest. With more than 32 hosts memberlist
@@ -213,7 +215,7 @@ func (g *Gossip) create(ctx context.Context) (*memberlist.Memberlist, error) {
 	// intervals to object, up to twice that until two others confirm the
 	// suspicion: 2.4 s for up to 10 hosts, 5.5 s for 200. That somebody is silent
 	// for no reason has no consequence for containers.
-	c.ProbeInterval, c.ProbeTimeout = 600*time.Millisecond, 300*time.Millisecond
+	c.ProbeInterval, c.ProbeTimeout = probeInterval, probeInterval/2
 	c.AwarenessMaxMultiplier = 2
 	c.SuspicionMult, c.SuspicionMaxTimeoutMult = 4, 2
 	list, err := memberlist.Create(c)

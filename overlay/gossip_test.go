@@ -60,13 +60,14 @@ type wires struct {
 
 	mu    sync.Mutex
 	cut   map[[2]netip.Addr]bool
+	mute  map[[2]netip.Addr]bool // packets do not arrive, streams do
 	tap   func([]byte)
 	ends  map[string]*memory
 	bytes map[netip.Addr]int // sent by each
 }
 
 func newWires() *wires {
-	return &wires{cut: map[[2]netip.Addr]bool{}, ends: map[string]*memory{}, bytes: map[netip.Addr]int{}}
+	return &wires{cut: map[[2]netip.Addr]bool{}, mute: map[[2]netip.Addr]bool{}, ends: map[string]*memory{}, bytes: map[netip.Addr]int{}}
 }
 
 var lastAddr atomic.Uint32
@@ -115,6 +116,13 @@ func (w *wires) listen(ctx context.Context, a netip.AddrPort) (memberlist.NodeAw
 	return &wire{t, w, a.Addr()}, nil
 }
 
+func (w *wires) muted(from netip.Addr, to string) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	a, err := netip.ParseAddrPort(to)
+	return err == nil && w.mute[[2]netip.Addr{from, a.Addr()}]
+}
+
 // wire is one host's end.
 type wire struct {
 	memberlist.NodeAwareTransport
@@ -123,7 +131,7 @@ type wire struct {
 }
 
 func (t *wire) WriteToAddress(b []byte, a memberlist.Address) (time.Time, error) {
-	if !t.w.pass(t.addr, a.Addr, b) || rand.Int32N(100) < t.w.loss.Load() {
+	if !t.w.pass(t.addr, a.Addr, b) || t.w.muted(t.addr, a.Addr) || rand.Int32N(100) < t.w.loss.Load() {
 		return time.Now(), nil
 	}
 	return t.NodeAwareTransport.WriteToAddress(b, a)

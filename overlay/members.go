@@ -35,6 +35,10 @@ func (g delegate) NotifyMsg(b []byte) {
 		g.trouble("another release", "another host has a release of weft that is not understood here: "+err.Error())
 	case err != nil:
 		g.log.Debugf("gossip: %v", err)
+	case m.To != "" && m.To != g.id:
+		g.mu.Lock()
+		defer g.mu.Unlock()
+		g.passOn(m, b)
 	default:
 		g.receive(m)
 	}
@@ -97,10 +101,11 @@ func (g delegate) NotifyJoin(n *memberlist.Node) {
 	}
 	p := g.peers[m.Host]
 	if p == nil {
-		p = &peer{parts: map[uint32]*delivery{}, came: map[string]time.Time{}}
+		p = &peer{parts: map[uint32]*delivery{}, came: map[string]time.Time{}, direct: time.Now()}
 		g.peers[m.Host] = p
 	}
 	if len(p.nodes) == 0 {
+		p.direct = time.Now()
 		p.greeted, p.query, p.asked = false, 0, map[uint32]uint64{}
 		for _, d := range p.parts {
 			d.tries, d.next = 0, time.Time{}
@@ -142,7 +147,7 @@ func (g delegate) NotifyLeave(n *memberlist.Node) {
 		p.dirty = true
 		return
 	}
-	p.acks, p.answer, p.want, p.echo = nil, 0, nil, nil
+	p.acks, p.answer, p.want, p.echo, p.loud, p.via = nil, 0, nil, nil, false, ""
 	g.news = append(g.news, fmt.Sprintf("host %s, %s, is silent; its containers may go on", m.Name, n.Addr))
 	g.table.Silent(m.Host)
 	wake(g.wake)

@@ -23,6 +23,11 @@ type message struct {
 	Acks   []ack
 	// Parts are the sender's own, which want an ack, and what it has of others.
 	Parts []Known
+	// Loud says that packets to the receiver seem to be lost: what answers this is
+	// said by a stream too, and by Via.
+	Loud bool
+	// To is the host that this is for, where another one, Via, passes it on.
+	To, Via string
 }
 
 // ack says which version of the receiver's part of a network its sender has.
@@ -71,7 +76,7 @@ func (m message) encode() []byte {
 		b = binary.BigEndian.AppendUint64(b, silent)
 		b = appendPart(b, k.Part)
 	}
-	return m.appendRanges(b)
+	return m.appendWay(m.appendRanges(b))
 }
 
 // tagRanges is the first byte of what follows the parts: their ranges, which older
@@ -95,6 +100,29 @@ func (m message) appendRanges(b []byte) []byte {
 		binary.BigEndian.PutUint32(b[start+1:], uint32(len(b)-start-5))
 	}
 	return b
+}
+
+// tagWay is the first byte of what follows the ranges: Loud, To and Via, where any is
+// set, after their length in bytes (16 bits). Older releases ignore it.
+const tagWay = 2
+
+func (m message) appendWay(b []byte) []byte {
+	if !m.Loud && m.To == "" && m.Via == "" {
+		return b
+	}
+	way := appendText(appendText(appendBool(nil, m.Loud), m.To), m.Via)
+	return append(binary.BigEndian.AppendUint16(append(b, tagWay), uint16(len(way))), way...)
+}
+
+// way reads what appendWay has written, if that comes next.
+func (r *reader) way(m *message) {
+	if r.short || len(r.rest) == 0 || r.rest[0] != tagWay {
+		return
+	}
+	r.take(1)
+	in := &reader{rest: r.take(int(r.uint16()))}
+	m.Loud, m.To, m.Via = in.bool(), in.text(), in.text()
+	r.short = r.short || in.short || m.To != "" && !isID(m.To) || m.Via != "" && !isID(m.Via)
 }
 
 // ranges reads what appendRanges has written, if that comes next.
@@ -197,6 +225,7 @@ func decode(b []byte) (message, error) {
 		m.Parts = append(m.Parts, Known{Silent: time.Duration(silent & (guessed - 1)), Guessed: silent&guessed != 0, Part: r.part()})
 	}
 	r.ranges(m.Parts)
+	r.way(&m)
 	if r.short || !isID(m.From) {
 		return message{}, errors.New("message is damaged")
 	}

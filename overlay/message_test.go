@@ -24,7 +24,10 @@ func someMessage() message {
 }
 
 func TestMessage(t *testing.T) {
-	for _, m := range []message{{From: "b"}, someMessage()} {
+	passed := someMessage()
+	passed.Loud, passed.To, passed.Via = true, "c", "d"
+	passed.Parts[1].Guessed = true
+	for _, m := range []message{{From: "b"}, someMessage(), passed} {
 		b := m.encode()
 		got, err := decode(append(b, "what a later release adds"...))
 		if err != nil {
@@ -33,16 +36,20 @@ func TestMessage(t *testing.T) {
 		if diff := cmp.Diff(m, got, ips); diff != "" {
 			t.Fatal(diff)
 		}
-		plain := m
-		plain.Parts = slices.Clone(m.Parts)
-		for i := range plain.Parts {
-			plain.Parts[i].Part.Ranges = nil
+		noRanges := m
+		noRanges.Parts = slices.Clone(m.Parts)
+		for i := range noRanges.Parts {
+			noRanges.Parts[i].Part.Ranges = nil
 		}
-		older := len(plain.encode()) // what is sent by a release that knows no ranges
+		noRanges.Loud, noRanges.To, noRanges.Via = false, "", ""
+		noWay := m
+		noWay.Loud, noWay.To, noWay.Via = false, "", ""
+		// What is sent by releases that know no ranges, and none of who passes on.
+		older := map[int]message{len(noWay.encode()): noWay, len(noRanges.encode()): noRanges}
 		for n := range b {
-			if n == older {
-				if got, err := decode(b[:n]); err != nil || cmp.Diff(plain, got, ips) != "" {
-					t.Fatalf("a message without ranges: %v", err)
+			if want, ok := older[n]; ok {
+				if got, err := decode(b[:n]); err != nil || cmp.Diff(want, got, ips) != "" {
+					t.Fatalf("a message of an older release: %v", err)
 				}
 				continue
 			}
