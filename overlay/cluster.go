@@ -44,6 +44,7 @@ type disk interface {
 type hostNetwork interface {
 	Underlay(ctx context.Context, want string, peers ...netip.Addr) (datapath.Underlay, error)
 	Announce(link string, a netip.Addr, mac datapath.MAC) error
+	Heartbeat(ctx context.Context, h datapath.Heartbeat) error
 }
 
 // follower is what makes the kernel equal to the Table: the driver.
@@ -78,6 +79,7 @@ type Cluster struct {
 	c       Config
 	table   *Table
 	backend Backend
+	tunnels *tunnels
 
 	wake chan struct{} // capacity 1: underlay or join changed
 
@@ -112,7 +114,7 @@ type network struct {
 // ended.
 func New(ctx context.Context, c Config) (*Cluster, error) {
 	x := &Cluster{
-		c: c, table: NewTable(c.Host, c.Grace), wake: make(chan struct{}, 1), join: c.Join,
+		c: c, table: NewTable(c.Host, c.Grace), tunnels: newTunnels(c.Host, beatTime), wake: make(chan struct{}, 1), join: c.Join,
 		vnis: map[string]uint32{}, networks: map[uint32]*network{}, saved: map[uint32]store.Record{}, looked: map[string]lookup{},
 	}
 	if err := x.loadSwarm(ctx); err != nil {
@@ -367,6 +369,7 @@ func (c *Cluster) Run(ctx context.Context, f follower) error {
 	g.Go(func() error { return c.runEngine(ctx) })
 	g.Go(func() error { return c.watchUnderlay(ctx, f) })
 	g.Go(func() error { return c.follow(ctx, f) })
+	g.Go(func() error { return c.watchTunnels(ctx) })
 	return g.Wait()
 }
 
@@ -595,8 +598,18 @@ type Status struct {
 // Status reports it.
 func (c *Cluster) Status() Status {
 	s := Status{Peers: c.table.Peers(), Conflicts: []string{}, Troubles: []Trouble{}, Deaf: c.table.deafness()}
+	for i, p := range s.Peers {
+		s.Peers[i].Tunnel = c.tunnels.of(p.ID)
+	}
+	s.Troubles = append(s.Troubles, c.tunnels.troubles(time.Now())...)
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if e, ok := c.engine.(interface{ Indirect() map[string]time.Time }); ok {
+		indirect := e.Indirect()
+		for i, p := range s.Peers {
+			s.Peers[i].Indirect = indirect[p.ID]
+		}
+	}
 	if c.blocked.Reason != "" {
 		s.Troubles = append(s.Troubles, c.blocked)
 	}

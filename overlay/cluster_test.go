@@ -118,6 +118,11 @@ func (b *bench) Announce(link string, a netip.Addr, mac datapath.MAC) error {
 	return nil
 }
 
+func (b *bench) Heartbeat(ctx context.Context, _ datapath.Heartbeat) error {
+	<-ctx.Done()
+	return nil
+}
+
 func (b *bench) Follow(_ context.Context, vni uint32) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()

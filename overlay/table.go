@@ -394,12 +394,16 @@ func (t *Table) knows(id string) bool {
 
 // Peer is one other host, for people.
 type Peer struct {
-	ID       string     `json:"id"`
-	Name     string     `json:"name"`
-	VTEP     netip.Addr `json:"vtep,omitzero"`
-	Unheard  bool       `json:"unheard,omitempty"` // others told of it, and this host never heard it
-	Silent   time.Time  `json:"silent,omitzero"`   // since when; absent while it is heard
-	Networks []uint32   `json:"networks"`          // VNIs that both hosts have
+	ID      string     `json:"id"`
+	Name    string     `json:"name"`
+	VTEP    netip.Addr `json:"vtep,omitzero"`
+	Unheard bool       `json:"unheard,omitempty"` // others told of it, and this host never heard it
+	Silent  time.Time  `json:"silent,omitzero"`   // since when; absent while it is heard
+	// Indirect is since when no packet of it answers one of this host, while others, or
+	// streams, show that it is there.
+	Indirect time.Time `json:"indirect,omitzero"`
+	Tunnel   *Tunnel   `json:"tunnel,omitempty"` // absent while it is silent or no network is common
+	Networks []uint32  `json:"networks"`         // VNIs that both hosts have
 }
 
 // Peers are all other hosts that are known, by name.

@@ -309,9 +309,12 @@ func (d document) leases() [][]string {
 }
 
 func (d document) peers() [][]string {
-	rows := [][]string{{"PEER", "ADDRESS", "STATE", "NETWORKS"}}
+	rows := [][]string{{"PEER", "ADDRESS", "STATE", "TUNNEL", "NETWORKS"}}
 	for _, p := range d.Cluster.Peers {
 		state, address := "heard", "-"
+		if !p.Indirect.IsZero() {
+			state = "heard only through others or TCP for " + d.ago(p.Indirect)
+		}
 		if deaf := d.Cluster.Deaf.Since; !deaf.IsZero() {
 			state = "unknown for " + d.ago(deaf)
 		}
@@ -328,7 +331,11 @@ func (d document) peers() [][]string {
 		for _, v := range p.Networks {
 			vnis = append(vnis, fmt.Sprint(v))
 		}
-		rows = append(rows, []string{orDash(p.Name), address, state, list(vnis)})
+		tunnel := "-"
+		if t := p.Tunnel; t != nil {
+			tunnel = fmt.Sprintf("sent %d, received %d, answered %d", t.Sent, t.Received, t.Answered)
+		}
+		rows = append(rows, []string{orDash(p.Name), address, state, tunnel, list(vnis)})
 	}
 	if why := d.Cluster.Deaf.Error; why != "" {
 		rows = append(rows, []string{"! other hosts are not heard: " + why})

@@ -136,7 +136,8 @@ func TestStatusPeers(t *testing.T) {
 	doc := example()
 	doc.Cluster = overlay.Status{
 		Peers: []overlay.Peer{
-			{Name: "one", VTEP: netip.MustParseAddr("192.0.2.1"), Networks: []uint32{7, 42}},
+			{Name: "one", VTEP: netip.MustParseAddr("192.0.2.1"), Networks: []uint32{7, 42}, Tunnel: &overlay.Tunnel{Sent: 12, Received: 11, Answered: 10}},
+			{Name: "far", Indirect: at},
 			{Name: "two", Silent: at},
 			{Name: "th\x1b[2J\u009bree\u00a0x", Silent: at, Unheard: true},
 		},
@@ -147,10 +148,11 @@ func TestStatusPeers(t *testing.T) {
 	if err := doc.print(&out, []string{"peers"}); err != nil {
 		t.Fatal(err)
 	}
-	const want = `PEER          ADDRESS    STATE                             NETWORKS
-one           192.0.2.1  heard                             7,42
-two           -          silent for 3m                     -
-th?[2J?ree?x  -          silent, others told of it 3m ago  -
+	const want = `PEER          ADDRESS    STATE                                    TUNNEL                             NETWORKS
+one           192.0.2.1  heard                                    sent 12, received 11, answered 10  7,42
+far           -          heard only through others or TCP for 3m  -                                  -
+two           -          silent for 3m                            -                                  -
+th?[2J?ree?x  -          silent, others told of it 3m ago         -                                  -
 ! host9, for 26h: it has another password
 ! 10.1.0.2 is claimed twice
 `
