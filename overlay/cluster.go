@@ -107,7 +107,8 @@ type network struct {
 	rec       driver.Network
 	macs      map[netip.Addr]datapath.MAC // as containers here may remember them
 	conflicts []string
-	rev       uint64 // of its record
+	disputed  map[string]time.Time // since when there are conflicts, also those that may pass
+	rev       uint64               // of its record
 }
 
 // New returns a cluster that knows what was known when the process before it
@@ -501,12 +502,10 @@ func (c *Cluster) after(ctx context.Context, vni uint32) {
 	var news []string
 	var moved []move
 	if n != nil {
-		for _, line := range view.Conflicts {
-			if !slices.Contains(n.conflicts, line) {
-				news = append(news, line)
-			}
+		var more bool
+		if news, more = n.dispute(view.Conflicts, time.Now()); more {
+			time.AfterFunc(conflictPause, func() { c.table.lookAgain(vni) })
 		}
-		n.conflicts = view.Conflicts
 		moved = n.moves(c.backend, c.table.Addresses(vni))
 	}
 	c.mu.Unlock()
