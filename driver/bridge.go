@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -241,7 +242,7 @@ func (Bridge) outside(n Network, br string) []datapath.Element {
 // Endpoint implements Backend.
 func (b Bridge) Endpoint(n Network, e Endpoint) datapath.State {
 	s := datapath.State{Veths: []datapath.Veth{{
-		Name: hostEnd(e.ID), Peer: peerEnd(e.ID), Master: b.link(n), MTU: n.MTU, PeerMAC: e.MAC,
+		Name: hostEnd(e.ID), Peer: peerEnd(e.ID), Master: b.link(n), MTU: cmp.Or(e.MTU, n.FirstMTU()), PeerMAC: e.MAC,
 		Isolated: !n.Options.ICC, Hairpin: e.Hairpin,
 	}}}
 	existing := n.Options.Bridge != ""

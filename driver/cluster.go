@@ -65,7 +65,7 @@ func (d *Driver) admit(ctx context.Context, n *Network) error {
 	for i := range min(len(n.Subnets), len(old.rec.Subnets)) {
 		n.Subnets[i].Range = old.rec.Subnets[i].Range
 	}
-	n.VNI, n.Port, n.Underlay = old.rec.VNI, old.rec.Port, old.rec.Underlay
+	n.VNI, n.Port, n.Underlay, n.TunnelMTU = old.rec.VNI, old.rec.Port, old.rec.Underlay, old.rec.TunnelMTU
 	if n.Options.MTU == 0 {
 		n.MTU = old.rec.MTU
 	}

@@ -14,7 +14,7 @@ import (
 func (d *Driver) createEndpoint(ctx context.Context, n *network, rec Endpoint) error {
 	rec.Created = d.now().UTC()
 	if n.rec.VNI != 0 {
-		rec.Claim = d.cluster.Claim()
+		rec.Claim, rec.MTU = d.cluster.Claim(), n.rec.MTU
 	}
 	e, fresh, err := d.claim(ctx, n, rec)
 	if err != nil {

@@ -44,6 +44,9 @@ type Network struct {
 	VNI      uint32     `json:",omitempty"`
 	Port     uint16     `json:",omitempty"`
 	Underlay netip.Addr `json:",omitzero"`
+	// TunnelMTU is that of the tunnel where MTU has been lowered since; else 0. The
+	// tunnel carries what older containers send, or tells them that it does not pass.
+	TunnelMTU int `json:",omitempty"`
 	// Pending is set until the network is made and about to be answered. One
 	// that a start finds was never known to the engine.
 	Pending bool `json:",omitempty"`
@@ -69,6 +72,9 @@ type Endpoint struct {
 	Network string
 	Addrs   []netip.Prefix // at most one per family, with the subnet's mask
 	MAC     datapath.MAC
+	// MTU is the network's when the endpoint was made, for overlay networks: the
+	// container keeps it. 0 is the first that the network had.
+	MTU int `json:",omitempty"`
 	// Left is set when Leave took the links away and DeleteEndpoint has yet
 	// to come.
 	Left bool `json:",omitempty"`

@@ -43,7 +43,7 @@ func (b Backend) Network(n driver.Network) datapath.State {
 	}
 	s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetTunnels, Port: n.Port})
 	s.VXLANs = []datapath.VXLAN{{
-		Name: tunnel(br.Name), Master: br.Name, VNI: n.VNI, Port: n.Port, Local: n.Underlay, MTU: n.MTU,
+		Name: tunnel(br.Name), Master: br.Name, VNI: n.VNI, Port: n.Port, Local: n.Underlay, MTU: n.FirstMTU(),
 		MAC: hashMAC(fmt.Sprintf("tunnel of VNI %d at %s", n.VNI, n.Underlay)),
 	}}
 	if switched(n) {

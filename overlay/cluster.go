@@ -51,6 +51,7 @@ type hostNetwork interface {
 type follower interface {
 	Follow(ctx context.Context, vni uint32) error
 	Rehome(ctx context.Context, underlay netip.Addr) error
+	Shrink(ctx context.Context, vni uint32, mtu int) (before int, err error)
 }
 
 // Config is what New needs.
@@ -88,7 +89,8 @@ type Cluster struct {
 	mu       sync.Mutex // over what follows
 	engine   Engine     // nil until it runs
 	underlay netip.Addr
-	blocked  Trouble // why this host has no underlay
+	blocked  Trouble   // why this host has no underlay
+	tight    []Trouble // networks whose MTU the underlay does not carry
 	join     Join
 	looking  sync.Mutex        // over looked
 	looked   map[string]lookup // peers' names
@@ -390,6 +392,7 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 		case err == nil:
 			trouble = ""
 			c.block("")
+			c.fitUnderlay(ctx, f, u)
 			if u.Addr == last {
 				break
 			}
@@ -488,6 +491,7 @@ func (c *Cluster) follow(ctx context.Context, f follower) error {
 			if err := f.Follow(ctx, vni); err != nil && ctx.Err() == nil {
 				c.c.Log.WithError(err).Warn("not complete; repair tries again")
 			}
+			c.fitOthers(ctx, f, vni)
 			c.after(ctx, vni)
 		}
 	}
@@ -620,6 +624,7 @@ func (c *Cluster) Status() Status {
 			}
 		}
 	}
+	s.Troubles = append(s.Troubles, c.tight...)
 	for _, n := range c.networks {
 		s.Conflicts = append(s.Conflicts, n.conflicts...)
 	}

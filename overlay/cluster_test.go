@@ -36,6 +36,7 @@ type bench struct {
 	peers     string // what Underlay was last asked for
 	followed  []uint32
 	rehomed   []netip.Addr
+	shrunk    []string
 	engines   []string // "address keys peers" of each that was started
 }
 
@@ -135,6 +136,22 @@ func (b *bench) Rehome(_ context.Context, a netip.Addr) error {
 	defer b.mu.Unlock()
 	b.rehomed = append(b.rehomed, a)
 	return nil
+}
+
+func (b *bench) Shrink(_ context.Context, vni uint32, mtu int) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.shrunk = append(b.shrunk, fmt.Sprint(vni, " ", mtu))
+	b.c.mu.Lock()
+	rec := b.c.networks[vni].rec
+	b.c.mu.Unlock()
+	if rec.Options.MTU != 0 || rec.MTU <= mtu {
+		return 0, nil
+	}
+	before := rec.MTU
+	rec.MTU = mtu
+	b.c.Publish(rec, nil)
+	return before, nil
 }
 
 // soon waits until f is true of what has happened.
