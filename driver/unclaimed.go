@@ -20,6 +20,8 @@ import (
 type names struct {
 	links   map[string]bool
 	subnets []netip.Prefix
+	nets    []named
+	beside  strangers
 }
 
 // names are those of all records, also of what is being deleted.
@@ -33,12 +35,19 @@ func (d *Driver) names() names {
 		s := d.networkState(n)
 		s.Add(n.remote)
 		x.add(s)
+		of := named{links: names{links: map[string]bool{}}}
+		of.links.add(s)
 		for _, sub := range n.rec.Subnets {
 			x.subnets = append(x.subnets, sub.Pool)
+			of.subnets = append(of.subnets, sub.Pool)
 		}
 		for _, e := range n.endpoints {
+			for _, a := range e.rec.Addrs {
+				of.addrs = append(of.addrs, a.Addr())
+			}
 			x.links[hostEnd(e.rec.ID)], x.links[peerEnd(e.rec.ID)] = true, true
 		}
+		x.nets = append(x.nets, of)
 	}
 	return x
 }
@@ -81,13 +90,19 @@ func (x names) part(s datapath.State, want bool) datapath.State {
 		Parents:    filter(s.Parents, func(p datapath.Parent) bool { return x.links[p.Name] == want }),
 		Children:   filter(s.Children, func(c datapath.Child) bool { return (x.links[c.Name] || x.links[c.Parent] && want) == want }),
 		Veths:      filter(s.Veths, func(v datapath.Veth) bool { return (x.links[v.Name] || x.links[v.Master] && want) == want }),
-		Routes:     filter(s.Routes, func(r datapath.Route) bool { return x.links[r.Link] == want }),
+		Routes:     filter(s.Routes, func(r datapath.Route) bool { return (x.links[r.Link] && !x.beside.have(r.To)) == want }),
 		Forwards:   filter(s.Forwards, func(f datapath.Forward) bool { return x.links[f.Link] == want }),
 		Neighbours: filter(s.Neighbours, func(n datapath.Neighbour) bool { return x.links[n.Link] == want }),
-		Shortcuts:  filter(s.Shortcuts, func(c datapath.Shortcut) bool { return (x.links[c.Tunnel] || x.links[c.Link]) == want }),
-		Elements:   filter(s.Elements, func(e datapath.Element) bool { return (x.of(e.Link, e.To) || x.of(e.Out, e.Net.Addr())) == want }),
-		Sockets:    filter(s.Sockets, func(k datapath.Socket) bool { return x.of("", k.To.Addr()) == want }),
-		Hook:       s.Hook && !want,
+		Shortcuts: filter(s.Shortcuts, func(c datapath.Shortcut) bool {
+			return ((x.links[c.Tunnel] || x.links[c.Link]) && !x.beside.links[c.Link]) == want
+		}),
+		Elements: filter(s.Elements, func(e datapath.Element) bool {
+			return ((x.of(e.Link, e.To) || x.of(e.Out, e.Net.Addr())) && !x.beside.own(e)) == want
+		}),
+		Sockets: filter(s.Sockets, func(k datapath.Socket) bool {
+			return (x.of("", k.To.Addr()) && !x.beside.have(k.To.Addr())) == want
+		}),
+		Hook: s.Hook && !want,
 	}
 }
 
@@ -98,9 +113,13 @@ func (d *Driver) unnamed(stray datapath.State) (unclaimed, rest datapath.State) 
 	if stray.Empty() {
 		return unclaimed, stray
 	}
-	unclaimed = d.names().part(stray, false)
+	x := d.names()
+	unclaimed = x.part(stray, false)
 	if unclaimed.Links() == 0 {
 		return datapath.State{}, stray
+	}
+	if x.beside = x.strangers(unclaimed); len(x.beside.links) > 0 {
+		unclaimed = x.part(stray, false)
 	}
 	if len(unclaimed.Veths)+len(unclaimed.Children) == 0 {
 		// There is no container left that ports could lead to.
@@ -136,6 +155,15 @@ func (d *Driver) notice(unclaimed datapath.State) {
 func (d *Driver) holdUnclaimed(ctx context.Context) {
 	d.mu.Lock()
 	list := filter(d.unowned.Elements, func(e datapath.Element) bool { return e.Set == datapath.SetPublished })
+	for _, p := range filter(d.unowned.Elements, func(e datapath.Element) bool { return e.Set == datapath.SetProxied }) {
+		// The proxy leads to where the same port of IPv4 is translated to.
+		if i := slices.IndexFunc(list, func(e datapath.Element) bool {
+			return e.Proto == p.Proto && e.Port == p.Port && e.More == p.More && e.Net.Addr().Is4()
+		}); i >= 0 {
+			p.To, p.ToPort = list[i].To, list[i].ToPort
+			list = append(list, p)
+		}
+	}
 	d.mu.Unlock()
 	for _, e := range list {
 		port := e.ToPort
