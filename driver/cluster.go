@@ -40,6 +40,9 @@ type exchange interface {
 	Withdraw(n Network)
 	// Remote is what leads to the endpoints of the other hosts.
 	Remote(n Network) datapath.State
+	// Strangers says whether containers of this host are on a network that no record
+	// names.
+	Strangers(vni uint32, there bool)
 }
 
 // admit asks the cluster about a network that is not there yet.

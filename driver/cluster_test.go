@@ -40,6 +40,7 @@ type fakeCluster struct {
 	ranges    map[string]netip.Prefix // by network
 	remote    datapath.State
 	vnis      map[string]uint32
+	strangers map[uint32]bool
 	nodes     []string
 }
 
@@ -76,6 +77,15 @@ func (c *fakeCluster) Publish(n Network, list []Endpoint) {
 		c.ranges = map[string]netip.Prefix{}
 	}
 	c.ranges[n.ID] = n.Subnets[0].Range
+}
+
+func (c *fakeCluster) Strangers(vni uint32, there bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.strangers == nil {
+		c.strangers = map[uint32]bool{}
+	}
+	c.strangers[vni] = there
 }
 
 func (c *fakeCluster) Withdraw(n Network) {

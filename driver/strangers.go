@@ -9,6 +9,7 @@ import (
 
 // named is one network that has a record.
 type named struct {
+	vni     uint32
 	links   names // its links, not those of endpoints
 	subnets []netip.Prefix
 	addrs   []netip.Addr // of its endpoints that have records
@@ -57,4 +58,17 @@ func (s strangers) own(e datapath.Element) bool {
 		return s.have(e.To)
 	}
 	return e.Net.IsValid() && e.Net.IsSingleIP() && s.have(e.Net.Addr())
+}
+
+// tellStrangers has the cluster know on which networks they are.
+func (d *Driver) tellStrangers() {
+	x := d.names()
+	d.mu.Lock()
+	s := x.strangers(d.unowned)
+	d.mu.Unlock()
+	for _, n := range x.nets {
+		if n.vni != 0 {
+			d.cluster.Strangers(n.vni, slices.ContainsFunc(s.nets, func(o named) bool { return o.vni == n.vni }))
+		}
+	}
 }

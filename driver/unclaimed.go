@@ -35,7 +35,7 @@ func (d *Driver) names() names {
 		s := d.networkState(n)
 		s.Add(n.remote)
 		x.add(s)
-		of := named{links: names{links: map[string]bool{}}}
+		of := named{vni: n.rec.VNI, links: names{links: map[string]bool{}}}
 		of.links.add(s)
 		for _, sub := range n.rec.Subnets {
 			x.subnets = append(x.subnets, sub.Pool)
@@ -146,6 +146,7 @@ func (d *Driver) notice(unclaimed datapath.State) {
 	before := d.unowned.Links()
 	d.unowned = unclaimed
 	d.mu.Unlock()
+	d.tellStrangers()
 	if n := unclaimed.Links(); n > before {
 		d.log.Warnf("%d links are ours and in no record of ours: the state was lost or is an old one. They are left as they are, containers may use them; `weft status` lists them, and `weft network forget unclaimed` removes them", n)
 	}
@@ -213,8 +214,9 @@ func (d *Driver) dropUnclaimed(ctx context.Context, links ...string) error {
 		return err
 	}
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.unowned = all.Minus(mine)
+	d.mu.Unlock()
+	d.tellStrangers()
 	return nil
 }
 
@@ -289,6 +291,7 @@ func (d *Driver) ForgetUnclaimed(ctx context.Context) (string, error) {
 	d.mu.Lock()
 	d.unowned = datapath.State{}
 	d.mu.Unlock()
+	d.tellStrangers()
 	return fmt.Sprintf("%d links and what belonged to them are removed", all.Links()), nil
 }
 

@@ -90,3 +90,34 @@ func TestStateRestored(t *testing.T) {
 		})
 	}
 }
+
+// TestStrangersAreTold: other hosts keep what they know of this one while containers
+// run on the network that no record names.
+func TestStrangersAreTold(t *testing.T) {
+	r, c := newSpanningRig(t)
+	told := func(want bool) {
+		t.Helper()
+		r.idle()
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if c.strangers[4242] != want {
+			t.Errorf("strangers %t, want %t", c.strangers[4242], want)
+		}
+	}
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", overlayOptions))
+	nets, eps := r.copied(r.nets), r.copied(r.eps)
+	for id, addr := range map[string]string{ep1: "10.1.0.2/24", ep2: "10.1.0.3/24"} {
+		r.must("CreateEndpoint", createEndpoint(net1, id, addr, ""))
+		r.must("Join", joinBody(net1, id))
+		r.kernel.moveIn(hostEnd(id))
+	}
+	told(false)
+	r.restart()
+	told(false)
+	r.restore(nets, eps)
+	told(true)
+	r.must("Leave", ids(net1, ep1))
+	told(true)
+	r.must("Leave", ids(net1, ep2))
+	told(false)
+}

@@ -46,6 +46,7 @@ type Table struct {
 	// change of another host.
 	holders map[uint32]map[netip.Addr]string
 	deaf    Deafness
+	former  map[uint32]*former // by VNI, where Keep was called
 }
 
 // Deafness is why it is not known which other hosts are there, and since when.
@@ -87,7 +88,7 @@ func NewTable(self string, grace time.Duration) *Table {
 	return &Table{
 		self: self, grace: grace, now: time.Now,
 		mine: make(chan struct{}, 1), changed: make(chan struct{}, 1),
-		own: map[uint32]own{}, hosts: map[string]*host{}, dirty: map[uint32]bool{}, holders: map[uint32]map[netip.Addr]string{}, last: time.Now().UnixNano(),
+		own: map[uint32]own{}, hosts: map[string]*host{}, dirty: map[uint32]bool{}, holders: map[uint32]map[netip.Addr]string{}, former: map[uint32]*former{}, last: time.Now().UnixNano(),
 	}
 }
 
@@ -183,9 +184,12 @@ func (t *Table) Claim() uint64 {
 // Set says what this host has of a network. Host and Version are filled in.
 func (t *Table) Set(p Part) {
 	p.Host = t.self
-	p.Endpoints = slices.SortedFunc(slices.Values(p.Endpoints), func(a, b Endpoint) int { return slices.Compare(a.MAC[:], b.MAC[:]) })
+	p.Endpoints = sorted(p.Endpoints)
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	if f := t.former[p.VNI]; f != nil {
+		p = f.join(p)
+	}
 	p = believable(p, latest(t.now()))
 	if old, ok := t.own[p.VNI]; ok && old.part.same(p) {
 		return
@@ -207,6 +211,7 @@ func (t *Table) put(p Part) {
 			delete(h.parts, p.VNI)
 		}
 		delete(t.holders, p.VNI)
+		delete(t.former, p.VNI)
 	}
 	t.touch(p.VNI)
 	wake(t.mine)
@@ -279,6 +284,7 @@ func (t *Table) outdo(p Part) {
 		p.Ranges = old.Ranges
 	}
 	switch {
+	case ok && old.Version > p.Version && t.recall(o, p):
 	case ok && old.Version > p.Version, ok && old.Version == p.Version && old.same(p):
 	case ok:
 		t.raise(p)

@@ -165,6 +165,13 @@ func (t *Table) index(vni uint32) map[netip.Addr]string {
 			}
 		}
 	}
+	if f := t.former[vni]; f != nil {
+		for _, a := range f.addrs() {
+			if _, ok := by[a]; !ok && !slices.ContainsFunc(f.recorded, func(e Endpoint) bool { return slices.Contains(e.Addrs, a) }) {
+				by[a] = t.own[vni].part.Name
+			}
+		}
+	}
 	return by
 }
 
