@@ -476,7 +476,13 @@ func TestGossipAsk(t *testing.T) {
 		t.Errorf("a network that nobody has: %v %v", hosts, err)
 	}
 	w.separate(true, nodes[:1], nodes[2:3])
+	if hosts, took, err = ask(7, 5*time.Second); !slices.Equal(hosts, []string{"id-1", "id-2"}) || err != nil {
+		t.Errorf("one that answers by others, after %s: %v %v", took, hosts, err)
+	}
+	others := []*node{nodes[1], nodes[3]}
+	w.separate(true, others, nodes[2:3])
 	hosts, took, err = ask(7, 500*time.Millisecond)
+	w.separate(false, others, nodes[2:3])
 	if diff := cmp.Diff([]string{"id-1"}, hosts); diff != "" || !errors.Is(err, context.DeadlineExceeded) || took > time.Second {
 		t.Errorf("with one that does not answer, after %s: %v %s", took, err, diff)
 	}

@@ -113,7 +113,7 @@ func TestGossipRanges(t *testing.T) {
 	nodes := w.cluster(t, 2)
 	set := func(x *node, text string) {
 		p := part(0, 1)
-		p.Name, p.Ranges = x.name, prefixes(text)
+		p.Name, p.VTEP, p.Ranges = x.name, x.addr, prefixes(text)
 		x.table.Set(p)
 	}
 	told := func(x *node) bool {
