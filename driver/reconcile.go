@@ -435,11 +435,14 @@ const (
 )
 
 // place tells where an endpoint's link is. A sub-interface that is not on the
-// host cannot be seen; it is taken to be in its container.
+// host cannot be seen; it is taken to be in its container if that was joined.
 func (n *network) place(have datapath.State, e Endpoint) place {
 	if n.rec.onParent() {
-		if slices.ContainsFunc(have.Children, func(c datapath.Child) bool { return c.Name == peerEnd(e.ID) }) {
+		switch {
+		case slices.ContainsFunc(have.Children, func(c datapath.Child) bool { return c.Name == peerEnd(e.ID) }):
 			return onHost
+		case !e.Joined:
+			return nowhere
 		}
 		return inContainer
 	}
