@@ -135,13 +135,17 @@ const (
 	leastIPv6 = 1280
 )
 
+// leastMTU is what the protocols of the network need, and which of them does.
+func (n Network) leastMTU() (int, family) {
+	if n.has(ipv6) {
+		return leastIPv6, ipv6
+	}
+	return leastIPv4, ipv4
+}
+
 // checkMTU refuses one that the protocols of the network cannot live with.
 func checkMTU(n Network) error {
-	least, f := leastIPv4, ipv4
-	if n.has(ipv6) {
-		least, f = leastIPv6, ipv6
-	}
-	if n.MTU < least {
+	if least, f := n.leastMTU(); n.MTU < least {
 		return fmt.Errorf("mtu %d is too small: IPv%d needs %d: give -o mtu=%d or more", n.MTU, f, least, least)
 	}
 	return nil

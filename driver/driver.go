@@ -377,7 +377,7 @@ func (d *Driver) complete(ctx context.Context, rec *Network, old *network) error
 		rec.MTU = rec.Options.MTU
 	case old != nil:
 		rec.MTU = old.rec.MTU // the path may have changed since
-	case rec.onParent() && rec.Options.Parent != "": // the parent's
+	case rec.onParent(): // the parent's, whatever that is when a container comes
 	default:
 		mtu, err := d.host.PathMTU(ctx)
 		if err != nil {

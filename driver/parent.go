@@ -41,8 +41,10 @@ func (b Parent) Validate(n *Network) error {
 	if err := checkEgress(n); err != nil {
 		return err
 	}
-	if err := checkMTU(*n); err != nil {
-		return err
+	if o.MTU != 0 {
+		if err := checkMTU(*n); err != nil {
+			return err
+		}
 	}
 	if len(o.HostAddrs) > 0 && !o.HostAccess {
 		return errors.New("option host_address has no meaning without host_access=true: add it, or leave host_address out")
@@ -124,7 +126,7 @@ func (b Parent) Network(n Network) datapath.State {
 }
 
 func (b Parent) child(n Network, name string, mac datapath.MAC) datapath.Child {
-	c := datapath.Child{Name: name, Parent: n.parent(), Kind: b.Kind, Mode: n.Options.SubMode, Flag: n.Options.SubFlag, MTU: n.MTU}
+	c := datapath.Child{Name: name, Parent: n.parent(), Kind: b.Kind, Mode: n.Options.SubMode, Flag: n.Options.SubFlag, MTU: n.Options.MTU}
 	if b.Kind == modeMacvlan {
 		c.MAC = mac
 	}

@@ -53,8 +53,8 @@ func (d *Driver) findParent(ctx context.Context, rec *Network, old *network) err
 	if rec.Options.MTU > below.MTU {
 		return fmt.Errorf("mtu %d is more than the %d of parent %s: give at most %d, or leave it out", rec.Options.MTU, below.MTU, o.Parent, below.MTU)
 	}
-	if rec.Options.MTU == 0 {
-		rec.MTU = below.MTU
+	if least, f := rec.leastMTU(); rec.Options.MTU == 0 && below.MTU < least {
+		return fmt.Errorf("parent %s has an MTU of %d, too small: IPv%d needs %d: run ip link set %s mtu %d", below.Name, below.MTU, f, least, below.Name, least)
 	}
 	rec.identify(below.MAC)
 	if rec.Mode == modeIPvlan && o.HostAccess && !o.layer3() && below.Strict {

@@ -27,7 +27,7 @@ type Network struct {
 	ID       string
 	Mode     string // which Backend
 	Internal bool
-	MTU      int // bytes, inside containers
+	MTU      int // bytes, inside containers; not used where there are Parents
 	Subnets  []Subnet
 	Options  Options
 	// Parents are the links that the network hangs on, the lowest first; for the

@@ -151,6 +151,9 @@ func (n *network) status() NetworkStatus {
 		VNI: n.rec.VNI, Port: n.rec.Port, Underlay: n.rec.Underlay, Subnets: []SubnetStatus{}, Created: n.rec.Created,
 		Options: n.rec.Options.chosen(),
 	}
+	if n.rec.onParent() {
+		s.MTU = n.rec.Options.MTU
+	}
 	for _, sub := range n.rec.Subnets {
 		ss := SubnetStatus{Pool: sub.Pool}
 		if sub.Gateway.IsValid() {

@@ -167,8 +167,12 @@ func (d document) networks() [][]string {
 			pools = append(pools, s.Pool.String())
 			gateways = append(gateways, orDash(s.Gateway))
 		}
+		mtu := "parent's"
+		if n.MTU != 0 {
+			mtu = fmt.Sprint(n.MTU)
+		}
 		rows = append(rows, []string{
-			short(n.ID), n.Mode, vni, orDash(n.Link), list(pools), list(gateways), fmt.Sprint(n.MTU), string(n.Egress), yesNo(n.Internal), fmt.Sprint(n.Endpoints), list(options),
+			short(n.ID), n.Mode, vni, orDash(n.Link), list(pools), list(gateways), mtu, string(n.Egress), yesNo(n.Internal), fmt.Sprint(n.Endpoints), list(options),
 		})
 		if n.Warning != "" {
 			lines = append(lines, []string{fmt.Sprintf("! network %s: %s", short(n.ID), n.Warning)})

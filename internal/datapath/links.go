@@ -473,11 +473,11 @@ func (l *links) owned(ctx context.Context, list []link) (s State, err error) {
 	if err != nil {
 		return s, err
 	}
-	names := make(map[int]string, len(list))
+	at := make(map[int]link, len(list))
 	// Whether snooping is off on other bridges is not our business.
 	tunnelled := make(map[int]bool)
 	for _, x := range list {
-		names[x.index] = x.name
+		at[x.index] = x
 		if x.ours() && x.kind == kindVXLAN {
 			tunnelled[x.master] = true
 		}
@@ -488,22 +488,23 @@ func (l *links) owned(ctx context.Context, list []link) (s State, err error) {
 		}
 		// A VLAN sub-interface cannot be in another namespace than the link below
 		// it, and neither can what has not been handed to a container yet.
-		below := ""
+		var lower link
 		if !x.away {
-			below = names[x.peer]
+			lower = at[x.peer]
 		}
+		below := lower.name
 		switch x.kind {
 		case "bridge":
 			s.Bridges = append(s.Bridges, Bridge{Name: x.name, MAC: x.mac, MTU: x.mtu, Addrs: addrs[x.index], Down: !x.up,
 				NoSnooping: x.noSnooping && tunnelled[x.index]})
 		case kindVXLAN:
-			s.VXLANs = append(s.VXLANs, x.asVXLAN(names[x.master]))
+			s.VXLANs = append(s.VXLANs, x.asVXLAN(at[x.master].name))
 		case "veth":
-			s.Veths = append(s.Veths, Veth{Name: x.name, Peer: below, Master: names[x.master], MTU: x.mtu, Isolated: x.isolated, Hairpin: x.hairpin, Down: !x.up})
+			s.Veths = append(s.Veths, Veth{Name: x.name, Peer: below, Master: at[x.master].name, MTU: x.mtu, Isolated: x.isolated, Hairpin: x.hairpin, Down: !x.up})
 		case kindVLAN, kindDummy:
-			s.Parents = append(s.Parents, Parent{Name: x.name, Lower: below, VLAN: x.vlan, Down: !x.up})
+			s.Parents = append(s.Parents, Parent{Name: x.name, Lower: below, VLAN: x.vlan, Down: !x.up, Narrow: below != "" && x.mtu != lower.vlanMTU()})
 		case kindMacvlan, kindIPvlan:
-			s.Children = append(s.Children, x.asChild(below, addrs[x.index]))
+			s.Children = append(s.Children, x.asChild(lower, addrs[x.index]))
 		}
 	}
 	if s.Routes, err = l.ownedRoutes(ctx, list); err != nil {
@@ -518,14 +519,14 @@ func (l *links) owned(ctx context.Context, list []link) (s State, err error) {
 }
 
 // asChild describes a sub-interface; by its name it is one that stays.
-func (l link) asChild(parent string, addrs []netip.Prefix) Child {
-	c := Child{Name: l.name, Parent: parent, Kind: l.kind, Mode: nameOf(modes[l.kind], l.mode), MTU: l.mtu, MAC: l.mac,
+func (l link) asChild(parent link, addrs []netip.Prefix) Child {
+	c := Child{Name: l.name, Parent: parent.name, Kind: l.kind, Mode: nameOf(modes[l.kind], l.mode), MTU: l.mtu, MAC: l.mac,
 		Stays: strings.HasPrefix(l.name, StaysPrefix)}
 	if l.kind == kindIPvlan {
 		c.Flag, c.MAC = nameOf(ipvlanFlags, l.flags), MAC{}
 	}
 	if c.Stays {
-		c.Addrs, c.Down = addrs, !l.up
+		c.Addrs, c.Down, c.Full = addrs, !l.up, l.mtu == parent.mtu
 	}
 	return c
 }

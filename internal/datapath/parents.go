@@ -71,7 +71,19 @@ func (l *links) parent(p Parent, d *done) error {
 	if p.VLAN != have.vlan {
 		return fmt.Errorf("parent %s has VLAN ID %d, not %d", p.Name, have.vlan, p.VLAN)
 	}
-	return l.mend(have, link{up: true}, d)
+	want := link{up: true}
+	if lower, err := l.change.get(p.Lower); p.Lower != "" && err == nil {
+		want.mtu = lower.vlanMTU()
+	}
+	return l.mend(have, want, d)
+}
+
+// vlanMTU is what a VLAN sub-interface on top has: MACsec leaves no room for the tag.
+func (l link) vlanMTU() int {
+	if l.kind == "macsec" {
+		return l.mtu - 4
+	}
+	return l.mtu
 }
 
 func (l *links) newParent(p Parent, d *done) error {
@@ -155,6 +167,13 @@ func (l *links) oldChild(ctx context.Context, c Child, want link, d *done) error
 	}
 	if !c.Stays {
 		return nil
+	}
+	if want.mtu == 0 {
+		lower, err := l.change.get(c.Parent)
+		if err != nil {
+			return fmt.Errorf("%s %s: %s %w", c.Kind, c.Name, c.Parent, err)
+		}
+		want.mtu = lower.mtu
 	}
 	if have.peer == want.peer && have.mode == want.mode && have.flags == want.flags {
 		return l.mend(have, want, d)

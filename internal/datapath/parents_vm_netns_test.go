@@ -27,13 +27,21 @@ func TestLANVLANs(t *testing.T) {
 	if lines := ensure(t, k, s); len(lines) != 0 {
 		t.Errorf("the second time changed %q", lines)
 	}
-	for _, damage := range []string{"ip link set lan0.10.20 down", "ip link del lan0.10.20", "ip link del lan0.10"} {
+	for _, damage := range []string{
+		"ip link set lan0.10.20 down", "ip link del lan0.10.20", "ip link del lan0.10",
+		"ip link set lan0 mtu 1300; ip link set lan0 mtu 1500", // the kernel takes them along down, not up
+	} {
 		host.Exec("sh", "-ec", damage)
 		if want.Minus(owned(t, k)).Empty() && owned(t, k).Minus(want).Empty() {
 			t.Errorf("%s: Owned does not show it", damage)
 		}
 		ensure(t, k, s)
 		same(t, k, want)
+		for _, link := range []string{"lan0.10", "lan0.10.20"} {
+			if got := mtuOf(host, link); got != "1500" {
+				t.Errorf("%s: MTU of %s is %s", damage, link, got)
+			}
+		}
 	}
 	_, err := k.Ensure(t.Context(), State{Parents: []Parent{{Name: "lan0.x", Lower: "lan0", VLAN: 5}}})
 	wantError(t, err, "lan0.x", "VLAN ID 5")

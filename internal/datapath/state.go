@@ -169,6 +169,9 @@ type Parent struct {
 	// is one, nothing changes or removes it.
 	Existing bool
 	Down     bool // only ever set by Owned: somebody set the link down
+	// Narrow is only ever set by Owned: a VLAN sub-interface has not the MTU of the
+	// link below it. The kernel takes it along when that shrinks, not when it grows.
+	Narrow bool
 }
 
 // Child is a macvlan or ipvlan sub-interface. One that does not stay is moved
@@ -187,8 +190,9 @@ type Child struct {
 	// leads to.
 	Stays bool
 	Addrs []netip.Prefix
-	// Down and Open are only ever set by Owned, of one that stays; see Bridge.
-	Down, Open bool
+	// Down and Open are only ever set by Owned, of one that stays; see Bridge. So is
+	// Full: the MTU is the parent's.
+	Down, Open, Full bool
 }
 
 // Route leads from the host to one address of a container by the host's own
@@ -334,7 +338,7 @@ func (s State) Minus(o State) State {
 		Bridges:    minus(s.Bridges, o.Bridges, bridgeKey),
 		VXLANs:     minus(s.VXLANs, o.VXLANs, func(v VXLAN) VXLAN { return v }),
 		Parents:    minus(s.Parents, o.Parents, func(p Parent) Parent { return p }),
-		Children:   minus(s.Children, o.Children, childKey),
+		Children:   minus(following(s.Children, o.Children), following(o.Children, s.Children), childKey),
 		Routes:     minus(s.Routes, o.Routes, routeKey),
 		Veths:      minus(s.Veths, o.Veths, vethKey),
 		Forwards:   minus(s.Forwards, o.Forwards, func(f Forward) Forward { return f }),
@@ -381,6 +385,22 @@ func bridgeKey(b Bridge) string {
 func vethKey(v Veth) Veth {
 	v.Peer, v.PeerMAC = "", MAC{}
 	return v
+}
+
+// following gives those of list the MTU 0 that have their parent's and are to have
+// that according to other.
+func following(list, other []Child) []Child {
+	asked := make(map[string]bool)
+	for _, c := range other {
+		asked[c.Name] = asked[c.Name] || c.MTU == 0
+	}
+	list = slices.Clone(list)
+	for i, c := range list {
+		if c.Full && asked[c.Name] {
+			list[i].MTU = 0
+		}
+	}
+	return list
 }
 
 // childKey leaves out what only the one that stays keeps.
