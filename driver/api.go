@@ -56,7 +56,7 @@ func accept[Req any](context.Context, Req) (plugin.Empty, error) { return plugin
 func (d *Driver) modes() []string { return slices.Collect(maps.Keys(d.backends)) }
 
 func (d *Driver) gwAllocCheck(ctx context.Context, req plugin.GwAllocCheckRequest) (plugin.GwAllocCheckResponse, error) {
-	n, err := parseNetworkOptions(req.Options, d.modes(), d.defaultMode())
+	n, err := d.parseNetwork(ctx, "", req.Options)
 	if err != nil {
 		return plugin.GwAllocCheckResponse{}, err
 	}
@@ -85,7 +85,7 @@ func (d *Driver) handleCreateNetwork(ctx context.Context, req wire.CreateNetwork
 	if err := checkID("network", req.NetworkID); err != nil {
 		return plugin.Empty{}, err
 	}
-	n, err := parseNetworkOptions(req.Options, d.modes(), d.defaultMode())
+	n, err := d.parseNetwork(ctx, req.NetworkID, req.Options)
 	if err != nil {
 		return plugin.Empty{}, err
 	}

@@ -194,7 +194,7 @@ func TestSharedBridge(t *testing.T) {
 
 func TestBridgeNameOfSomebodyElse(t *testing.T) {
 	r := newRig(t)
-	r.kernel.foreign["lan7"] = true
+	r.host.bridge("lan7", "10.8.0.2/24")
 	body := createNetwork(net1, "10.1.0.0/24", `{"com.docker.network.bridge.name":"lan7"}`)
 	r.must("CreateNetwork", body)
 	r.must("CreateNetwork", body)

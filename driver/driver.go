@@ -385,9 +385,6 @@ func (d *Driver) complete(ctx context.Context, rec *Network, old *network) error
 		}
 		rec.MTU = mtu
 	}
-	if err := d.adoptBridge(ctx, rec, old); err != nil {
-		return err
-	}
 	if rec.onParent() {
 		if err := d.findParent(ctx, rec, old); err != nil {
 			return err
@@ -395,42 +392,6 @@ func (d *Driver) complete(ctx context.Context, rec *Network, old *network) error
 		rec.Access = rec.Access || rec.Options.HostAccess
 	}
 	return d.backends[rec.Mode].Validate(rec)
-}
-
-// adoptBridge tells a bridge.name that somebody else's bridge has from one that is
-// to be made. The built-in driver uses the former too.
-func (d *Driver) adoptBridge(ctx context.Context, rec *Network, old *network) error {
-	name := rec.Options.BridgeName
-	if name == "" || rec.Options.Bridge != "" {
-		return nil
-	}
-	if old == nil {
-		link, there, err := d.host.Link(ctx, name)
-		switch {
-		case err != nil:
-			return err
-		case there && link.Kind != "bridge":
-			return fmt.Errorf("option com.docker.network.bridge.name=%s: there is a link of that name which is no bridge: choose another name", name)
-		}
-		if _, err := d.kernel.Ensure(ctx, datapath.State{Bridges: []datapath.Bridge{{Name: name, Existing: true}}}); err != nil {
-			return nil //nolint:nilerr // it is not there yet, or making it will say what is wrong
-		}
-		have, err := d.kernel.Owned(ctx)
-		if err != nil {
-			return err
-		}
-		if slices.ContainsFunc(have.Bridges, func(b datapath.Bridge) bool { return b.Name == name }) {
-			return nil
-		}
-		if err := d.refuseAutomaticOn(link, *rec); err != nil {
-			return err
-		}
-		d.log.WithField("network", rec.ID).Infof("bridge %s exists already: used as it is", name)
-	} else if old.rec.Options.Bridge != name {
-		return nil
-	}
-	rec.Options.Bridge, rec.Options.BridgeName = name, ""
-	return nil
 }
 
 // readopt takes up a network again and sweeps its endpoints.

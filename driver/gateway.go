@@ -212,18 +212,6 @@ func (l surroundingLAN) own(in netip.Prefix) netip.Addr {
 	return netip.Addr{}
 }
 
-// refuseAutomaticOn is refuseAutomatic for a bridge that was there already under the
-// name that the network's own was to have.
-func (d *Driver) refuseAutomaticOn(link datapath.LinkFacts, n Network) error {
-	for _, s := range n.Subnets {
-		_, typed := d.typed(s, false)
-		if err := d.refuseAutomatic(n, s, typed, surroundingLAN{LinkFacts: link}); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // checkOwnGateway refuses the host itself as gateway: what hangs on a parent does not
 // reach it, unless a switch sends its frames back.
 func checkOwnGateway(n Network, s Subnet, l surroundingLAN) error {

@@ -149,7 +149,7 @@ var options = map[string]option{
 		s.Bridge = v
 		return checkLinkName(v, 15)
 	}},
-	"com.docker.network.bridge.name": {bridgeOnly, func(s *settings, v string) error {
+	optionBridgeName: {bridgeOnly, func(s *settings, v string) error {
 		s.BridgeName = v
 		return checkLinkName(v, 15)
 	}},
