@@ -88,15 +88,15 @@ func (c *conntrack) count() (n uint32, err error) {
 // answers.
 type flow struct{ to, from netip.AddrPort }
 
-// forgetUDP deletes the UDP flows of one family that stale accepts; with a port,
-// only of those sent to it. What does not match is left out by the kernel, or, in
+// forget deletes the flows of one family and protocol that stale accepts; with a
+// port, only of those sent to it. What does not match is left out by the kernel, or, in
 // a kernel that cannot, here.
-func (c *conntrack) forgetUDP(v6 bool, port uint16, stale func(flow) bool) error {
+func (c *conntrack) forget(v6 bool, p Proto, port uint16, stale func(flow) bool) error {
 	family := uint8(natFamily(v6))
 	req := c.request(ctGet, unix.NLM_F_DUMP, family)
 	tuple := nl.NewRtAttr(ctaTupleOrig|unix.NLA_F_NESTED, nil)
 	proto := tuple.AddRtAttr(ctaTupleProto|unix.NLA_F_NESTED, nil)
-	proto.AddRtAttr(ctaProtoNum, []byte{unix.IPPROTO_UDP})
+	proto.AddRtAttr(ctaProtoNum, []byte{byte(p)})
 	by := uint32(ctFilterProtoNum)
 	if port != 0 {
 		proto.AddRtAttr(ctaProtoDst, binary.BigEndian.AppendUint16(nil, port))
@@ -108,7 +108,7 @@ func (c *conntrack) forgetUDP(v6 bool, port uint16, stale func(flow) bool) error
 	req.AddData(filter)
 	var doomed [][]byte
 	err := req.ExecuteIter(unix.NETLINK_NETFILTER, 0, func(m []byte) bool {
-		if orig, w, ok := parseFlow(m); ok && stale(w) {
+		if orig, w, ok := parseFlow(m, p); ok && stale(w) {
 			doomed = append(doomed, append([]byte(nil), orig...))
 		}
 		return true
@@ -126,15 +126,16 @@ func (c *conntrack) forgetUDP(v6 bool, port uint16, stale func(flow) bool) error
 	return nil
 }
 
-// parseFlow reads a UDP flow out of one message, and the attribute that names it.
-func parseFlow(m []byte) (orig []byte, w flow, ok bool) {
+// parseFlow reads a flow of the protocol out of one message, and the attribute that
+// names it.
+func parseFlow(m []byte, proto Proto) (orig []byte, w flow, ok bool) {
 	if len(m) < nl.SizeofNfgenmsg {
 		return nil, w, false
 	}
 	m = m[nl.SizeofNfgenmsg:]
 	orig = attribute(m, ctaTupleOrig)
 	reply := attribute(m, ctaTupleReply)
-	if p := attribute(attribute(orig, ctaTupleProto), ctaProtoNum); len(p) != 1 || p[0] != unix.IPPROTO_UDP {
+	if p := attribute(attribute(orig, ctaTupleProto), ctaProtoNum); len(p) != 1 || p[0] != byte(proto) {
 		return nil, w, false
 	}
 	w.to, ok = end(orig, true)

@@ -47,6 +47,9 @@ type firewall struct {
 	sound bool
 	// rebuilt is set until add has told about it.
 	rebuilt bool
+	// restored is told what a table holds that was built anew; nil: nobody is.
+	// It must not block.
+	restored func([]Element)
 }
 
 // newFirewall works on the network namespace of the calling thread. A table
@@ -291,6 +294,9 @@ func (f *firewall) transactLocked(deadline time.Time, add, del []Element) error 
 			return err
 		}
 		f.have, f.sound, f.rebuilt = want, true, true
+		if f.restored != nil {
+			f.restored(slices.Collect(maps.Keys(want)))
+		}
 		return nil
 	}
 	less, err := f.encode(del)

@@ -2,6 +2,7 @@ package datapath
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"slices"
@@ -10,10 +11,11 @@ import (
 	"github.com/sirupsen/logrus"
 )
 
-// flows forgets connections that the kernel tracks for published UDP ports. A
-// UDP client that never stops sending keeps its entry alive for ever, and with
-// it the container that had the port first, or the host itself. TCP needs no
-// help: its connections end.
+// flows forgets connections that the kernel tracks for published ports. A UDP
+// client that never stops sending keeps its entry alive for ever, and with it the
+// container that had the port first, or the host itself. A TCP client speaks to a
+// container that is gone until it gives up by itself, a quarter of an hour later;
+// once its connection is forgotten, whoever has the port now resets it.
 //
 // The kernel finds them only by walking its whole table. Nobody waits for that:
 // a port that was just published serves every client whose flow is new. One walk
@@ -27,6 +29,7 @@ type flows struct {
 	waiting stale
 	closed  bool
 	walking bool
+	told    bool           // since the last walk that went well
 	walks   sync.WaitGroup // the goroutine, while there is one
 }
 
@@ -41,7 +44,7 @@ type stale struct {
 func newFlows(log logrus.FieldLogger, l *links) *flows {
 	track, err := newConntrack()
 	if err != nil {
-		log.WithError(err).Warn("no connection tracking: UDP clients of a port published again may reach its former container")
+		log.WithError(err).Warn("no connection tracking: clients of a port published again may reach its former container")
 	}
 	return &flows{log: log, track: track, links: l}
 }
@@ -60,7 +63,7 @@ func (f *flows) close() {
 // forget has the flows forgotten that the change of the elements leaves.
 func (f *flows) forget(ctx context.Context, published, withdrawn []Element) {
 	translated := func(list []Element) []Element {
-		return slices.DeleteFunc(slices.Clone(list), func(e Element) bool { return e.Set != SetPublished || e.Proto != UDP })
+		return filter(list, func(e Element) bool { return e.Set == SetPublished })
 	}
 	s := stale{translated(published), translated(withdrawn)}
 	f.mu.Lock()
@@ -89,13 +92,15 @@ func (f *flows) run(ctx context.Context) {
 		if !on {
 			return
 		}
-		if err := f.walk(ctx, s); err != nil {
-			f.log.WithError(err).Warn("UDP clients of a port published again may reach its former container")
+		err := f.walk(ctx, s)
+		if err != nil && !f.told {
+			f.log.WithError(err).Warn("clients of a port published again may reach its former container")
 		}
+		f.told = err != nil // nobody else touches it: one goroutine runs
 	}
 }
 
-// walk forgets what is stale of both families in one go each.
+// walk forgets what is stale, each family's and protocol's in one go.
 func (f *flows) walk(ctx context.Context, s stale) error {
 	if n, err := f.track.count(); err == nil && n == 0 {
 		return nil
@@ -108,7 +113,7 @@ func (f *flows) walk(ctx context.Context, s stale) error {
 		// the host's and the containers' own conversations with others.
 		addrs, err := f.links.addressesOf(ctx)
 		if err != nil {
-			return fmt.Errorf("forget UDP flows: %w", err)
+			return fmt.Errorf("forget flows: %w", err)
 		}
 		for _, ps := range addrs {
 			for _, p := range ps {
@@ -116,20 +121,27 @@ func (f *flows) walk(ctx context.Context, s stale) error {
 			}
 		}
 	}
-	is, was := udpPorts(s.published), udpPorts(s.withdrawn)
-	all := slices.Concat(s.published, s.withdrawn)
+	own := func(a netip.Addr) bool { return local[a] || a.IsLoopback() }
+	var errs []error
 	for _, v6 := range families {
-		if !slices.ContainsFunc(all, func(e Element) bool { return e.To.Is6() == v6 }) {
-			continue
+		for _, p := range []Proto{TCP, UDP, SCTP} {
+			mine := func(e Element) bool { return e.To.Is6() == v6 && e.Proto == p }
+			published, withdrawn := filter(s.published, mine), filter(s.withdrawn, mine)
+			all := slices.Concat(published, withdrawn)
+			if len(all) == 0 {
+				continue
+			}
+			is, was := portsOf(published), portsOf(withdrawn)
+			errs = append(errs, f.track.forget(v6, p, onePort(all), func(w flow) bool {
+				// A connection that the held socket accepted goes on by the proxy.
+				return own(w.to.Addr()) && (p == UDP || !own(w.from.Addr())) && is.any(w.to.Port(), func(e Element, to netip.AddrPort) bool {
+					return e.Net.Contains(w.to.Addr()) && w.from != to
+				}) || was.any(w.to.Port(), func(_ Element, to netip.AddrPort) bool { return w.from == to })
+			}))
 		}
-		err := f.track.forgetUDP(v6, onePort(all), func(w flow) bool {
-			return (local[w.to.Addr()] || w.to.Addr().IsLoopback()) && is.any(w.to.Port(), func(e Element, to netip.AddrPort) bool {
-				return e.Net.Contains(w.to.Addr()) && w.from != to
-			}) || was.any(w.to.Port(), func(_ Element, to netip.AddrPort) bool { return w.from == to })
-		})
-		if err != nil {
-			return fmt.Errorf("forget UDP flows: %w", err)
-		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("forget flows: %w", err)
 	}
 	return nil
 }
@@ -143,15 +155,15 @@ func onePort(list []Element) uint16 {
 	return port
 }
 
-// udp are translated UDP ports.
-type udp struct {
+// ports are translated ports of one protocol.
+type ports struct {
 	single map[uint16][]Element // by number: one may lead to different containers on different addresses
 	ranges []Element
 }
 
-// udpPorts sorts translated UDP ports.
-func udpPorts(list []Element) udp {
-	u := udp{single: make(map[uint16][]Element)}
+// portsOf sorts translated ports.
+func portsOf(list []Element) ports {
+	u := ports{single: make(map[uint16][]Element)}
 	for _, e := range list {
 		if e.More > 0 {
 			u.ranges = append(u.ranges, e)
@@ -164,7 +176,7 @@ func udpPorts(list []Element) udp {
 
 // any reports whether f accepts one of the elements that translate the port, and
 // where to.
-func (u udp) any(port uint16, f func(e Element, to netip.AddrPort) bool) bool {
+func (u ports) any(port uint16, f func(e Element, to netip.AddrPort) bool) bool {
 	return slices.ContainsFunc(u.single[port], func(e Element) bool { return f(e, netip.AddrPortFrom(e.To, e.ToPort)) }) ||
 		slices.ContainsFunc(u.ranges, func(e Element) bool {
 			return e.Port <= port && port <= e.Port+e.More && f(e, netip.AddrPortFrom(e.To, port))
