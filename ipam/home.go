@@ -39,6 +39,8 @@ type poolRecord struct {
 	SubPool netip.Prefix `json:",omitzero"`
 	// More are the ranges of further networks that share the pool.
 	More []netip.Prefix `json:",omitempty"`
+	// Gave are the ranges whose networks gave the options, where there are several.
+	Gave []netip.Prefix `json:",omitempty"`
 	// Options are those of the network, Reserved what was added to them by
 	// command: ADDRESS[,MAC] by name.
 	Options  map[string]string `json:",omitempty"`
@@ -62,6 +64,11 @@ func (d disk) putPool(ctx context.Context, p *pool) error {
 	rec := poolRecord{Version: recordVersion, SubPool: p.parts[0].sub, Options: p.opts.raw, Reserved: reservedTexts(p.added), Created: time.Now().UTC()}
 	for _, o := range p.parts[1:] {
 		rec.More = append(rec.More, o.sub)
+	}
+	for _, o := range p.parts {
+		if o.gave && len(p.parts) > 1 {
+			rec.Gave = append(rec.Gave, o.sub)
+		}
 	}
 	v, err := json.Marshal(rec)
 	if err != nil {

@@ -382,7 +382,7 @@ func (i *IPAM) addPool(ctx context.Context, id poolID, o poolOptions) error {
 		i.returnStrays(ctx, id.poolKey)
 	}
 	p := newPool(id)
-	p.opts, p.started = o, i.started
+	p.opts, p.started, p.parts[0].gave = o, i.started, len(o.raw) > 0
 	p.reserve()
 	err := i.home(id.poolKey).putPool(ctx, p)
 	switch {
@@ -467,7 +467,7 @@ func (i *IPAM) find(ctx context.Context, id poolID) (*pool, error) {
 	if o := i.overlaps(id.poolKey); o != nil {
 		return nil, fmt.Errorf("unknown pool %s: %w", id, i.inUse(id.prefix, o[0]))
 	}
-	if err := i.addPool(ctx, id, poolOptions{quarantine: restsFar, keep: -1}); err != nil {
+	if err := i.addPool(ctx, id, defaultOptions()); err != nil {
 		return nil, err
 	}
 	i.log.WithField("pool", id.String()).Warn("unknown pool taken up again; addresses that its containers had before, and its options, are not known")

@@ -53,6 +53,9 @@ func (i *IPAM) Load(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("record %s: %w", r.Key, err)
 		}
+		for n, o := range p.parts {
+			p.parts[n].gave = len(p.parts) == 1 && len(rec.Options) > 0 || slices.Contains(rec.Gave, o.sub)
+		}
 		p.rev = r.Rev
 		p.idleParts()
 		if p.opts, err = parseOptions(rec.Options, id.prefix); err != nil {

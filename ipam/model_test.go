@@ -18,6 +18,7 @@ type modelPool struct {
 	key      poolKey
 	parts    []netip.Prefix        // the ranges of its networks, in the order of their requests
 	idle     map[netip.Prefix]bool // of those: not used since the restart
+	gave     map[netip.Prefix]bool // of those: with options
 	taken    map[netip.Addr]int    // the number of the grant; negative when not chosen by us
 	last     netip.Addr            // chosen last
 	gateways []netip.Addr          // newest last
@@ -41,7 +42,7 @@ type modelBack struct {
 }
 
 func newModelPool(id poolID, o poolOptions) *modelPool {
-	return &modelPool{key: id.poolKey, parts: []netip.Prefix{id.sub}, idle: map[netip.Prefix]bool{}, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, backs: map[netip.Addr]modelBack{}, before: map[netip.Addr]bool{}, names: map[string]netip.Addr{}}
+	return &modelPool{key: id.poolKey, parts: []netip.Prefix{id.sub}, idle: map[netip.Prefix]bool{}, gave: map[netip.Prefix]bool{id.sub: len(o.raw) > 0}, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, backs: map[netip.Addr]modelBack{}, before: map[netip.Addr]bool{}, names: map[string]netip.Addr{}}
 }
 
 // keeper is the name that an address is kept for, and whether it is reserved.
@@ -191,7 +192,7 @@ func (m *model) requestPool(id poolID, o poolOptions) bool {
 		p.parts = append(stay, id.sub)
 	}
 	delete(p.idle, id.sub)
-	p.opts = o
+	p.opts, p.gave[id.sub] = o, len(o.raw) > 0
 	for name, r := range o.reserved {
 		delete(p.since, r.addr)
 		for other, a := range p.names {
@@ -220,6 +221,12 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 	}
 	if k := p.key; k.space == LocalSpace && !slices.ContainsFunc(p.parts, func(sub netip.Prefix) bool { return overlap(sub, r.id.sub) }) {
 		p.parts = append(p.parts, r.id.sub) // lost, and taken up again
+		p.gave[r.id.sub] = false
+	}
+	if _, taken := p.taken[r.want]; r.kind == kindGateway && !taken {
+		if _, reserved := p.keeper(r.want); reserved {
+			return netip.Addr{}, false
+		}
 	}
 	if r.kind != kindGateway {
 		m.expire(p)
@@ -377,9 +384,22 @@ func (m *model) releasePool(id poolID) {
 	if p == nil {
 		return
 	}
+	n := len(p.parts)
 	p.parts = slices.DeleteFunc(p.parts, func(sub netip.Prefix) bool { return sub == id.sub })
-	if len(p.parts) == 0 {
+	switch len(p.parts) {
+	case n:
+		return
+	case 0:
 		delete(m.pools, id.poolKey)
+	}
+	for name, a := range p.names {
+		if _, taken := p.taken[a]; id.sub.Contains(a) && !taken && !strings.HasPrefix(name, fixedPrefix) {
+			delete(p.names, name)
+			delete(p.since, a)
+		}
+	}
+	if !slices.ContainsFunc(p.parts, func(sub netip.Prefix) bool { return p.gave[sub] }) {
+		p.opts = plain
 	}
 }
 

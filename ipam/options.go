@@ -40,6 +40,9 @@ type poolOptions struct {
 	raw      map[string]string      // as it goes into the record, without space
 }
 
+// defaultOptions are those of a network that has none.
+func defaultOptions() poolOptions { return poolOptions{quarantine: restsFar, keep: -1} }
+
 // MAC is the hardware address of one interface; zero is none.
 type MAC = [6]byte
 
@@ -60,7 +63,7 @@ func (r reservation) String() string {
 // parseOptions reads the options of a pool; prefix is zero when it is chosen by
 // us. The leader of a swarm mixes marks of its own into the same map.
 func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, error) {
-	o := poolOptions{quarantine: restsFar, keep: -1}
+	o := defaultOptions()
 	for _, k := range slices.Sorted(maps.Keys(all)) {
 		v := all[k]
 		var err error

@@ -20,6 +20,7 @@ type part struct {
 	// never made.
 	adoptable bool
 	releasing bool // ReleasePool came
+	gave      bool // its network gave the pool's options, perhaps as others did
 }
 
 // meets reports whether two ranges of one pool have an address in common.
@@ -130,6 +131,7 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 		}
 	}
 	next, joins := p.draft(parts), len(parts) > 1
+	next.parts[len(parts)-1].gave = len(r.opts.raw) > 0
 	switch {
 	case !joins:
 		next.opts = r.opts
@@ -148,7 +150,7 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 		defer p.mu.Unlock()
 		return fmt.Errorf("subnet %s is shared with a network that has %s, and here it is to have %s: give the same --ipam-opt, or none", p.prefix, optionsText(p.opts.raw), optionsText(r.opts.raw))
 	}
-	same := slices.EqualFunc(p.parts, parts, func(a, b part) bool { return a.sub == b.sub }) &&
+	same := slices.EqualFunc(p.parts, next.parts, func(a, b part) bool { return a.sub == b.sub && a.gave == b.gave }) &&
 		maps.Equal(p.opts.raw, next.opts.raw) && len(p.added) == len(next.added) && p.rev != 0
 	p.mu.Unlock()
 	if !same {
@@ -227,7 +229,8 @@ func (i *IPAM) releasePool(ctx context.Context, id poolID) error {
 }
 
 // leave takes from a pool what was released of it, and drops it with the last part.
-// Names lose what they keep in the range, which another network would give them.
+// Options go with the last network that gave them. Names lose what they keep in the
+// range, which another network would give them.
 // Addresses that a network leaves in a pool that it shared are stranded: whose they
 // were nobody says. The caller holds changes. It may be repeated.
 func (i *IPAM) leave(ctx context.Context, p *pool) error {
@@ -243,12 +246,16 @@ func (i *IPAM) leave(ctx context.Context, p *pool) error {
 		return i.drop(ctx, p)
 	}
 	next := p.draft(stay)
+	if !slices.ContainsFunc(stay, func(o part) bool { return o.gave }) {
+		next.opts = defaultOptions()
+	}
 	p.mu.Unlock()
 	if err := i.put(ctx, p, next, netip.Prefix{}); err != nil {
 		return err
 	}
 	p.mu.Lock()
-	var lost []binding
+	p.opts = next.opts
+	lost := p.reserve()
 	for a, b := range p.byAddr {
 		if slices.ContainsFunc(went, func(o part) bool { return o.sub.Contains(a) }) && !p.taken.has(a) && !p.asked(a) {
 			lost = append(lost, p.unbind(b))

@@ -133,6 +133,21 @@ func TestTwoRanges(t *testing.T) {
 			free @A 10.1.0.64 -> ok
 			restart
 			addr @A for web -> 10.1.0.64/24`,
+		"options go with who gave them": `
+			unpool @B -> ok
+			pool local 10.1.0.0/24 sub 10.1.0.128/25 keep=0 reserve.web=10.1.0.200 -> @B
+			pool local 10.1.0.0/24 sub 10.1.0.0/27 -> weft-local,10.1.0.0/24,10.1.0.0/27
+			restart
+			unpool weft-local,10.1.0.0/24,10.1.0.0/27 -> ok
+			addr @B for web -> 10.1.0.200/24
+			free @B 10.1.0.200 -> ok
+			unpool @B -> ok
+			restart
+			addr @A for web -> 10.1.0.64/24
+			pool local 10.1.0.0/24 sub 10.1.0.128/25 keep=1h -> @B
+			pool local 10.1.0.0/24 sub 10.1.0.0/27 keep=1h -> weft-local,10.1.0.0/24,10.1.0.0/27
+			unpool @B -> ok
+			pool local 10.1.0.0/24 sub 10.1.0.128/25 keep=2h -> error: …is shared with a network that has keep=1h…`,
 		"a gateway is not reserved": `
 			pool local 10.1.0.0/24 sub 10.1.0.0/27 reserve.web=10.1.0.1 -> error: ipam option reserve.web=10.1.0.1: it is the gateway of a network that shares subnet 10.1.0.0/24: choose another
 			pool local 10.1.0.0/24 sub 10.1.0.0/27 reserve.web=10.1.0.2 -> weft-local,10.1.0.0/24,10.1.0.0/27`,
