@@ -56,6 +56,17 @@ type Station struct {
 	IAID uint32 // of this station, among those of the host
 	DUID []byte // of the host, see DUID
 	Name string // host name for the server, made a DNS label; "" for none
+
+	// ClientID is the identity for DHCPv4 servers in place of IAID and DUID, 2 to
+	// 255 bytes; ByMAC has it be the MAC address (RFC 2132, 9.14).
+	ClientID []byte `json:",omitempty"`
+	ByMAC    bool   `json:",omitempty"`
+	// Vendor is the vendor class (RFC 2132, 9.13), up to 255 bytes; DHCPv4 only.
+	Vendor string `json:",omitempty"`
+	// Register asks the server to enter the name into the DNS (RFC 4702, RFC 4704).
+	Register bool `json:",omitempty"`
+	// Patience is how long an answer is waited for in all; 0 for the usual time.
+	Patience time.Duration `json:",omitempty"`
 }
 
 // DUID is that of a host with this UUID (RFC 6355).
@@ -68,6 +79,9 @@ func (s *Station) check() error {
 	}
 	if len(s.DUID) < 3 || len(s.DUID) > 130 {
 		return fmt.Errorf("a DUID has 3 to 130 bytes, this one %d", len(s.DUID))
+	}
+	if n := len(s.ClientID); n == 1 || n > 255 || len(s.Vendor) > 255 {
+		return fmt.Errorf("a client identifier has 2 to 255 bytes and a vendor class up to 255, these %d and %d", n, len(s.Vendor))
 	}
 	return nil
 }
@@ -114,7 +128,7 @@ func (c *Client) Offer(ctx context.Context, link string, s Station) (Lease, erro
 // IPv6 prefix it is from DHCPv6, from the non-temporary ones (IA_NA).
 //
 // It returns within 8 s; within 24 s as long as a server answers other stations
-// on that link. A link that is down or has no carrier has 8 s to change that, before. A server that offers another address than the one wanted has
+// on that link, and within the station's patience where it has one. A link that is down or has no carrier has 8 s to change that, before. A server that offers another address than the one wanted has
 // refused (ErrRefused); other answers that do not fit are ignored, and if no more
 // come that is ErrSilent.
 func (c *Client) Acquire(ctx context.Context, link string, s Station, want netip.Addr, within netip.Prefix) (Lease, error) {
@@ -278,6 +292,10 @@ func (c *Client) open(ctx context.Context, link string, s Station, within netip.
 	for _, w := range x.waits {
 		all += w
 	}
+	most := busy * all
+	if s.Patience > 0 {
+		all, most = s.Patience, s.Patience
+	}
 	err := s.check()
 	if err == nil {
 		s.DUID = slices.Clone(s.DUID)
@@ -288,7 +306,7 @@ func (c *Client) open(ctx context.Context, link string, s Station, within netip.
 	}
 	x.started = time.Now()
 	x.end = x.started.Add(all)
-	ctx, x.cancel = context.WithTimeout(ctx, busy*all)
+	ctx, x.cancel = context.WithTimeout(ctx, most)
 	x.ctx, x.stop = ctx, context.AfterFunc(ctx, x.conn.wake)
 	return x, nil
 }

@@ -60,6 +60,12 @@ func (d *v4) compose(k kind, about Lease, waited time.Duration) []byte {
 	m.UpdateOption(dhcpv4.OptMaxMessageSize(1500)) // routes may need more than the 576 bytes of old
 	if name := d.station.label(); name != "" {
 		m.UpdateOption(dhcpv4.OptHostName(name))
+		if d.station.Register {
+			m.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionFQDN, fqdn4(name)))
+		}
+	}
+	if d.station.Vendor != "" {
+		m.UpdateOption(dhcpv4.OptClassIdentifier(d.station.Vendor))
 	}
 	if about.Address.IsValid() {
 		m.UpdateOption(dhcpv4.OptRequestedIPAddress(about.Address.Addr().AsSlice()))
@@ -78,8 +84,22 @@ func (d *v4) compose(k kind, about Lease, waited time.Duration) []byte {
 	return m.ToBytes()
 }
 
-// clientID is that of RFC 4361, 6.1.
+// fqdn4 asks the server to enter a name without its domain into the DNS (flag S),
+// which is written as the DNS does (flag E) and without a final zero, as it is only
+// the first part (RFC 4702, 3.1). The host name goes along for servers that do not
+// know of it.
+func fqdn4(label string) []byte {
+	return append([]byte{1 | 4, 0, 0, byte(len(label))}, label...)
+}
+
+// clientID is that of RFC 4361, 6.1, where nobody has chosen another.
 func (d *v4) clientID() []byte {
+	switch {
+	case d.station.ByMAC:
+		return append([]byte{byte(iana.HWTypeEthernet)}, d.station.MAC[:]...)
+	case d.station.ClientID != nil:
+		return d.station.ClientID
+	}
 	return append(binary.BigEndian.AppendUint32([]byte{255}, d.station.IAID), d.station.DUID...)
 }
 

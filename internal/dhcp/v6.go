@@ -46,7 +46,11 @@ func (d *v6) compose(k kind, about Lease, waited time.Duration) []byte {
 	}
 	m.AddOption(dhcpv6.OptRequestedOption(dhcpv6.OptionDNSRecursiveNameServer, dhcpv6.OptionDomainSearchList))
 	if name := d.station.label(); name != "" {
-		m.AddOption(&dhcpv6.OptFQDN{DomainName: &rfc1035label.Labels{Labels: []string{name}}})
+		var flags uint8
+		if d.station.Register {
+			flags = 1 // S: the server enters it into the DNS (RFC 4704, 4.1)
+		}
+		m.AddOption(&dhcpv6.OptFQDN{Flags: flags, DomainName: &rfc1035label.Labels{Labels: []string{name}}})
 	}
 	return m.ToBytes()
 }
