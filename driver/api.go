@@ -177,7 +177,7 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 	if err := d.vetEndpoint(ctx, req.NetworkID, req.EndpointID, addrs); err != nil {
 		return resp, err
 	}
-	if err := d.chooseMAC(ctx, req); err != nil {
+	if err := d.chooseStation(ctx, req); err != nil {
 		return resp, err
 	}
 	n, unlock := d.find(req.NetworkID)
@@ -185,7 +185,7 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 	if n == nil {
 		return resp, unknownNetwork(req.NetworkID)
 	}
-	ifName, err := parseEndpointOptions(n.rec.Mode, req.Options)
+	ifName, _, err := parseEndpointOptions(n.rec.Mode, req.Options)
 	if err != nil {
 		return resp, err
 	}
@@ -216,27 +216,34 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 	return resp, d.createEndpoint(ctx, n, rec)
 }
 
-// chooseMAC has the addresses of an endpoint that is about to be made be those of
-// the MAC address that its user has chosen. A DHCP server may be asked: no lock is
-// held.
-func (d *Driver) chooseMAC(ctx context.Context, req plugin.CreateEndpointRequest) error {
-	if req.Interface == nil || req.Interface.MacAddress == "" {
-		return nil
-	}
+// chooseStation has the addresses of an endpoint that is about to be made be those of
+// the MAC address that its user has chosen, and of what a DHCP server is to be told. The
+// server may be asked: no lock is held.
+func (d *Driver) chooseStation(ctx context.Context, req plugin.CreateEndpointRequest) error {
 	d.mu.Lock()
 	n := d.networks[req.NetworkID]
 	skip := n == nil || n.doomed || n.endpoints[req.EndpointID] != nil
 	d.mu.Unlock()
-	if skip || n.rec.Mode == modeIPvlan || n.rec.Options.SubMode == "passthru" {
+	if skip {
 		return nil
 	}
-	e, err := parseInterface(n.rec, req) // a network's record never changes
+	_, told, err := parseEndpointOptions(n.rec.Mode, req.Options) // a network's record never changes
 	if err != nil {
 		return err
 	}
+	e, err := parseInterface(n.rec, req)
+	if err != nil {
+		return err
+	}
+	if n.rec.Mode == modeIPvlan || n.rec.Options.SubMode == "passthru" {
+		e.MAC = datapath.MAC{} // not the endpoint's to choose
+	}
+	if e.MAC == (datapath.MAC{}) && told == nil {
+		return nil
+	}
 	for _, a := range e.Addrs {
 		s, _ := n.rec.subnet(a.Addr())
-		if err := d.restation(ctx, s.Pool, a.Addr(), e.MAC); err != nil {
+		if err := d.restation(ctx, s.Pool, a.Addr(), e.MAC, told); err != nil {
 			return err
 		}
 	}

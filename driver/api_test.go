@@ -481,7 +481,7 @@ func TestChosenMACHoldsNoLock(t *testing.T) {
 	var r *rig
 	var asked []string
 	r = newRigWith(t, func(c *Config) {
-		c.Restation = func(_ context.Context, pool netip.Prefix, a netip.Addr, mac datapath.MAC) error {
+		c.Restation = func(_ context.Context, pool netip.Prefix, a netip.Addr, mac datapath.MAC, _ map[string]string) error {
 			asked = append(asked, fmt.Sprint(pool, " ", a, " ", mac))
 			for name, l := range map[string]interface {
 				TryLock() bool

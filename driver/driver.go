@@ -72,8 +72,9 @@ type Config struct {
 	// whoever handed it out knows of one. nil: nobody does.
 	Station func(subnet netip.Prefix, a netip.Addr) (datapath.MAC, bool)
 	// Restation tells whoever handed an address out which MAC address its user
-	// has chosen. nil: nobody wants to know.
-	Restation func(ctx context.Context, subnet netip.Prefix, a netip.Addr, mac datapath.MAC) error
+	// has chosen, if it is not zero, and what a DHCP server is to be told. nil: nobody
+	// wants to know.
+	Restation func(ctx context.Context, subnet netip.Prefix, a netip.Addr, mac datapath.MAC, told map[string]string) error
 	// Chosen reports whether nobody typed a network's subnet, or its gateway. ours is
 	// false where an IPAM handed them out that does not say. nil: none says.
 	Chosen func(pool netip.Prefix, gateway netip.Addr) (subnet, address, ours bool)
@@ -97,7 +98,7 @@ type Driver struct {
 	cluster   cluster
 	swarm     swarm
 	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
-	restation func(context.Context, netip.Prefix, netip.Addr, datapath.MAC) error
+	restation func(context.Context, netip.Prefix, netip.Addr, datapath.MAC, map[string]string) error
 	chosen    func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
 	ranges    func(netip.Prefix) (netip.Prefix, bool)
 	log       logrus.FieldLogger
@@ -181,7 +182,7 @@ func New(c Config) (*Driver, error) {
 		c.Station = func(netip.Prefix, netip.Addr) (datapath.MAC, bool) { return datapath.MAC{}, false }
 	}
 	if c.Restation == nil {
-		c.Restation = func(context.Context, netip.Prefix, netip.Addr, datapath.MAC) error { return nil }
+		c.Restation = func(context.Context, netip.Prefix, netip.Addr, datapath.MAC, map[string]string) error { return nil }
 	}
 	if c.Chosen == nil {
 		c.Chosen = func(netip.Prefix, netip.Addr) (_, _, _ bool) { return false, false, false }

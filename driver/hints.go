@@ -22,7 +22,7 @@ var elsewhere = map[string]string{
 }
 
 // addressOptions are those of the IPAM half.
-var addressOptions = []string{"dhcp", "space", "quarantine", "keep"}
+var addressOptions = []string{"dhcp", "space", "quarantine", "keep", "reserve", "client_id", "vendor_class", "hostname", "register_dns", "dhcp_timeout"}
 
 // pluginSettings are given to the plugin, not to a network.
 var pluginSettings = []string{"log_level", "pools", "scope", "peers", "secret", "underlay", "grace", "gossip_port",
@@ -32,10 +32,11 @@ var pluginSettings = []string{"log_level", "pools", "scope", "peers", "secret", 
 // unknown.
 func misplaced(key, value string) string {
 	name := strings.ReplaceAll(strings.ToLower(key), "-", "_")
+	word, _, _ := strings.Cut(name, ".") // before the name of a container
 	switch where := elsewhere[name]; {
 	case where != "":
 		return fmt.Sprintf("option %s %s", clip(key), where)
-	case slices.Contains(addressOptions, name) || strings.HasPrefix(name, "reserve."):
+	case slices.Contains(addressOptions, word):
 		return fmt.Sprintf("option %s is an --ipam-opt: write --ipam-driver weft:latest --ipam-opt %s=%s (Compose: under ipam, driver: weft:latest and options)", clip(key), clip(key), clip(value))
 	case slices.Contains(pluginSettings, name):
 		return fmt.Sprintf("option %s is a setting of the plugin: docker plugin set weft:latest %s=%s, while it is disabled", clip(key), strings.ToUpper(name), clip(value))

@@ -263,26 +263,39 @@ var endpointKeys = []string{
 	"com.docker.network.endpoint.sysctls", optionNoProxy6To4,
 }
 
+// toldOptions are the endpoint options that a DHCP server is told, whose values the
+// address half reads. addressOptions has them, too: they may be a network's.
+var toldOptions = []string{"client_id", "hostname", "register_dns", "vendor_class"}
+
 // parseEndpointOptions reads what a user gave with --driver-opt: the interface's
-// name. No mode has an option of its own yet.
-func parseEndpointOptions(mode string, raw map[string]any) (ifName string, err error) {
+// name, and what a DHCP server is to be told of the endpoint.
+func parseEndpointOptions(mode string, raw map[string]any) (ifName string, told map[string]string, err error) {
 	for _, key := range slices.Sorted(maps.Keys(raw)) {
+		if slices.Contains(toldOptions, key) {
+			if told == nil {
+				told = map[string]string{}
+			}
+			told[key] = fmt.Sprint(raw[key])
+			continue
+		}
 		if !strings.HasPrefix(key, engineKeys) {
-			return "", fmt.Errorf("endpoint option %q is not known: mode %s has none; the interface's name is %s; options of a network are given when it is created, with -o", clip(key), mode, plugin.OptionIfName)
+			near := meant(plugin.Nearest(key, toldOptions))
+			return "", nil, fmt.Errorf("endpoint option %q is not known: %smode %s has none; the interface's name is %s, and a DHCP server is told %s; options of a network are given when it is created, with -o",
+				clip(key), near, mode, plugin.OptionIfName, strings.Join(toldOptions, ", "))
 		}
 		if near := plugin.Within(2, key, endpointKeys); near != "" {
-			return "", fmt.Errorf("endpoint option %q is not known: did you mean %q?", clip(key), near)
+			return "", nil, fmt.Errorf("endpoint option %q is not known: did you mean %q?", clip(key), near)
 		}
 	}
 	v, ok := raw[plugin.OptionIfName]
 	if !ok || v == "" {
-		return "", nil
+		return "", told, nil
 	}
 	ifName, _ = v.(string)
 	if err := checkLinkName(ifName, 15); err != nil {
-		return "", fmt.Errorf("endpoint option %s: %w", plugin.OptionIfName, err)
+		return "", nil, fmt.Errorf("endpoint option %s: %w", plugin.OptionIfName, err)
 	}
-	return ifName, nil
+	return ifName, told, nil
 }
 
 // named asks for a name in the container. Engines before 29.8 know prefixes only,

@@ -253,7 +253,7 @@ func FuzzEndpointOptions(f *testing.F) {
 		if json.Unmarshal(text, &raw) != nil {
 			return
 		}
-		_, err := parseEndpointOptions("bridge", raw)
+		_, _, err := parseEndpointOptions("bridge", raw)
 		if _, named := raw[plugin.OptionIfName]; named {
 			return
 		}

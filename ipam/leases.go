@@ -141,7 +141,7 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 	// DHCPv6 names no router: containers hear of it as other stations do.
 	router := noGateway(r.prefix)
 	if !r.prefix.IsValid() || r.prefix.Addr().Is4() {
-		if r.prefix, router, err = i.survey(ctx, link, r.prefix); err != nil {
+		if r.prefix, router, err = i.survey(ctx, link, r.prefix, r.opts.tellingOf("")); err != nil {
 			return poolID{}, netip.Prefix{}, err
 		}
 	}
@@ -176,14 +176,17 @@ func noGateway(subnet netip.Prefix) netip.Prefix {
 }
 
 // survey asks what the server on a link has to offer. Where the subnet is given
-// a server that is silent, or a link that is not there yet, will do.
-func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix) (subnet, router netip.Prefix, err error) {
+// a server that is silent, or a link that is not there yet, will do. all is what the
+// server is told of every container.
+func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix, all telling) (subnet, router netip.Prefix, err error) {
 	if given.IsValid() {
 		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, offerTime)
 		defer cancel()
 	}
-	l, err := i.dhcp.Offer(ctx, link, i.station(poolKey{space: dhcpSpace + link}, "", MAC{}))
+	nobody := i.station(poolKey{space: dhcpSpace + link}, "", MAC{})
+	all.apply(&nobody, "")
+	l, err := i.dhcp.Offer(ctx, link, nobody)
 	if err != nil && given.IsValid() {
 		i.log.WithError(err).Warnf("subnet %s could not be compared with what the DHCP server on %s offers", given, link)
 		return given, netip.Prefix{}, nil
@@ -234,9 +237,6 @@ func (i *IPAM) loadDUID(ctx context.Context) error {
 func (i *IPAM) station(k poolKey, key string, mac MAC) dhcp.Station {
 	sum := sha256.Sum256([]byte(k.space + "," + key))
 	s := dhcp.Station{MAC: mac, IAID: binary.BigEndian.Uint32(sum[:]), DUID: i.duid}
-	if name, ok := strings.CutPrefix(key, nameKey); ok {
-		s.Name = name
-	}
 	if mac == (MAC{}) {
 		own := sha256.Sum256(append(sum[:], i.duid...))
 		s.MAC = MAC(own[:6])
@@ -245,10 +245,30 @@ func (i *IPAM) station(k poolKey, key string, mac MAC) dhcp.Station {
 	return s
 }
 
+// stationIn is the station, with what its server is told of it.
+func (i *IPAM) stationIn(p *pool, key string, mac MAC) dhcp.Station {
+	s := i.station(p.poolKey, key, mac)
+	name := named(key)
+	p.mu.Lock()
+	t := p.opts.tellingOf(name)
+	p.mu.Unlock()
+	t.apply(&s, name)
+	return s
+}
+
 // nameKey is how the key of a station begins whose name is known. Others are
 // counted: the first one on a pool without a name is 1 again when it is made
 // again, so that a server which remembers its clients knows it.
 const nameKey = "name "
+
+// named is the container's name in the key of a station, "" in that of a counted one.
+func named(key string) string {
+	name, ok := strings.CutPrefix(key, nameKey)
+	if !ok {
+		return ""
+	}
+	return name
+}
 
 // identity chooses the key of a request and marks it as used; p.mu is held.
 // hint is the address that it had last.
@@ -311,7 +331,7 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 	p.mu.Unlock()
 	i.forgetNames(ctx, p, lost)
 
-	q := &asking{pool: p, record: leaseRecord{Version: recordVersion, Key: key, Station: i.station(p.poolKey, key, mac)}}
+	q := &asking{pool: p, record: leaseRecord{Version: recordVersion, Key: key, Station: i.stationIn(p, key, mac)}}
 	a, err := i.ask(ctx, q, r, cmp.Or(r.want, hint))
 	if (errors.Is(err, dhcp.ErrRefused) || errors.Is(err, dhcp.ErrNoOffer)) && !r.want.IsValid() && hint.IsValid() && !reserved {
 		a, err = i.ask(ctx, q, r, netip.Addr{})

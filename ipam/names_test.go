@@ -14,6 +14,7 @@ import (
 	"github.com/docker/go-plugins-helpers/ipam"
 	"pgregory.net/rapid"
 
+	"github.com/weftnet/weft/internal/dhcp"
 	"github.com/weftnet/weft/internal/plugin"
 )
 
@@ -554,6 +555,8 @@ func FuzzOptions(f *testing.F) {
 		{"reserve.web", "10.0.0.5", "keep", "24h", "10.0.0.0/24"}, {"reserve.web", "fd00::5, 10.0.0.5,02:00:00:00:00:05", "quarantine", "0", "fd00::/64"},
 		{"reserve.a", "10.0.0.5", "reserve.b", "10.0.0.5", "10.0.0.0/24"}, {"dhcp", "eth0.7", "reserve.x", "10.0.0.255", "10.0.0.0/24"},
 		{"space", "blue", "", "", "10.0.0.0/24"}, {"reserve.w", "10.0.0.5,02-00-00-00-00-05,", "keep", "1h1m", ""}, {"reserve.w", "fe80::1%eth0", "dhcp", "a:1", "fe80::/64"},
+		{"client_id.web", "01:02:42", "dhcp", "a", ""}, {"hostname", "none", "dhcp", "a", "10.0.0.0/24"}, {"client_id.a.b", "0x0g", "dhcp", "a", ""},
+		{"vendor_class", "x y", "dhcp", "a", ""}, {"register_dns.w", "true", "dhcp_timeout", "1500ms", ""},
 		{"reserve./x", "::ffff:10.0.0.5", "keep", "-1ns", "::/0"}, {"reserve.w", "0200.0000.0005,10.0.0.0", "quarantine", "9999999h", "10.0.0.0/31"},
 	} {
 		f.Add(s[0], s[1], s[2], s[3], s[4])
@@ -577,6 +580,13 @@ func FuzzOptions(f *testing.F) {
 		}
 		if o.quarantine < 0 && o.quarantine != restsFar || o.dhcp != "" && checkLink(o.dhcp) != nil {
 			t.Fatalf("%+v", o)
+		}
+		for name, told := range o.told {
+			s := dhcp.Station{MAC: MAC{2}, DUID: []byte("host")}
+			o.tellingOf(name).apply(&s, name)
+			if len(s.ClientID) == 1 || len(s.ClientID) > 255 || len(s.Vendor) > 255 || o.dhcp == "" || told.timeout < 0 || told.timeout > mostPatience {
+				t.Fatalf("%q: %+v is told of %+v", o.raw, told, s)
+			}
 		}
 		for name, r := range o.reserved {
 			if first, last := (poolKey{prefix: prefix}).usable(); r.addr.Less(first) || last.Less(r.addr) || !prefix.Contains(r.addr) {

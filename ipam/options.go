@@ -37,6 +37,7 @@ type poolOptions struct {
 	// until the pool needs it.
 	keep     time.Duration
 	reserved map[string]reservation // by name
+	told     map[string]telling     // by name; "" is for all containers
 	raw      map[string]string      // as it goes into the record, without space
 }
 
@@ -82,7 +83,10 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 		case strings.HasPrefix(k, "com.docker.network.") || k == plugin.OptionRequestAddressType:
 			continue
 		default:
-			return o, unknownOption(k)
+			var known bool
+			if known, err = o.tell(k, v); !known {
+				return o, unknownOption(k)
+			}
 		}
 		if err != nil {
 			return o, fmt.Errorf("ipam option %s=%s: %w", k, v, err)
@@ -100,13 +104,14 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 	if _, ok := o.raw["quarantine"]; ok && o.dhcp != "" {
 		return o, fmt.Errorf("ipam option dhcp=%s: how long a released address rests is up to the server: leave quarantine out", o.dhcp)
 	}
-	return o, nil
+	return o, o.needsDHCP()
 }
 
 func unknownOption(key string) error {
-	valid := []string{"space", "dhcp", "quarantine", "keep", reserveOption + "NAME"}
+	words := append([]string{"space", "dhcp", "quarantine", "keep"}, tellingKeys...)
+	valid := append(slices.Clone(words), reserveOption+"NAME")
 	word, _, _ := strings.Cut(key, ".")
-	near := plugin.Nearest(word, []string{"space", "dhcp", "quarantine", "keep", "reserve"})
+	near := plugin.Nearest(word, append(words, "reserve"))
 	if near+"." == reserveOption {
 		near += ".NAME"
 	}

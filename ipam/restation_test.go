@@ -34,7 +34,7 @@ func TestRestationAlone(t *testing.T) {
 		running.Wait()
 	}}
 	mac := MAC{2, 0, 0, 0, 0, 9}
-	if err := l.Restation(t.Context(), a.Masked(), a.Addr(), mac); err != nil {
+	if err := l.Restation(t.Context(), a.Masked(), a.Addr(), mac, nil); err != nil {
 		t.Error(err)
 	}
 	if l.server.asked > 0 {

@@ -142,7 +142,7 @@ func (p *pool) dhcpStatus() *DHCPStatus {
 	s := &DHCPStatus{Link: p.dhcp(), Counts: p.counts, Leases: []LeaseStatus{}}
 	for a, l := range p.leased {
 		s.Leases = append(s.Leases, LeaseStatus{
-			Address: a, Name: l.Station.Name, MAC: net.HardwareAddr(l.Station.MAC[:]).String(),
+			Address: a, Name: named(l.Key), MAC: net.HardwareAddr(l.Station.MAC[:]).String(),
 			Lease: l.Lease, Expires: l.expires().UTC(), Trouble: l.trouble,
 		})
 	}

@@ -196,8 +196,8 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 			return p.ipam.Chosen(subnet, gateway)
 		},
 		Range: func(pool netip.Prefix) (netip.Prefix, bool) { return p.ipam.Range(pool) },
-		Restation: func(ctx context.Context, subnet netip.Prefix, a netip.Addr, mac datapath.MAC) error {
-			return p.ipam.Restation(ctx, subnet, a, mac)
+		Restation: func(ctx context.Context, subnet netip.Prefix, a netip.Addr, mac datapath.MAC, told map[string]string) error {
+			return p.ipam.Restation(ctx, subnet, a, mac, told)
 		},
 		Backends: map[string]driver.Backend{
 			"bridge": driver.Bridge{}, "macvlan": driver.Parent{Kind: "macvlan"}, "ipvlan": driver.Parent{Kind: "ipvlan"},
