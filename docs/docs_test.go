@@ -135,6 +135,7 @@ var engineSays = map[string]bool{
 	"could not resolve driver weft in registry": true,
 	"invalid ipam driver: weft":                 true,
 	"plugin is in use":                          true,
+	"conflicts with existing route":             true,
 	"network … has active endpoints":            true,
 	"content sha256:… already exists":           true,
 	"dial unix /run/docker/plugins/…/weft.sock: connect: no such file or directory": true,

@@ -180,6 +180,10 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 	if err := d.chooseStation(ctx, req); err != nil {
 		return resp, err
 	}
+	said, err := d.learnFor(ctx, req.NetworkID, addrs)
+	if err != nil {
+		return resp, err
+	}
 	n, unlock := d.find(req.NetworkID)
 	defer unlock()
 	if n == nil {
@@ -194,6 +198,7 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 		return resp, err
 	}
 	rec.IfName = ifName
+	rec.MTU, rec.Routes, rec.LeftOut = said.MTU, said.Routes, said.LeftOut
 	d.tellIfName(rec)
 	resp.Interface = &wire.EndpointInterface{}
 	if mac, ok := d.stationMAC(n.rec, rec); ok {
@@ -222,27 +227,28 @@ func (d *Driver) handleCreateEndpoint(ctx context.Context, req plugin.CreateEndp
 func (d *Driver) chooseStation(ctx context.Context, req plugin.CreateEndpointRequest) error {
 	d.mu.Lock()
 	n := d.networks[req.NetworkID]
-	skip := n == nil || n.doomed || n.endpoints[req.EndpointID] != nil
-	d.mu.Unlock()
-	if skip {
+	if n == nil || n.doomed || n.endpoints[req.EndpointID] != nil {
+		d.mu.Unlock()
 		return nil
 	}
-	_, told, err := parseEndpointOptions(n.rec.Mode, req.Options) // a network's record never changes
+	rec := n.rec
+	d.mu.Unlock()
+	_, told, err := parseEndpointOptions(rec.Mode, req.Options)
 	if err != nil {
 		return err
 	}
-	e, err := parseInterface(n.rec, req)
+	e, err := parseInterface(rec, req)
 	if err != nil {
 		return err
 	}
-	if n.rec.Mode == modeIPvlan || n.rec.Options.SubMode == "passthru" {
+	if rec.Mode == modeIPvlan || rec.Options.SubMode == "passthru" {
 		e.MAC = datapath.MAC{} // not the endpoint's to choose
 	}
 	if e.MAC == (datapath.MAC{}) && told == nil {
 		return nil
 	}
 	for _, a := range e.Addrs {
-		s, _ := n.rec.subnet(a.Addr())
+		s, _ := rec.subnet(a.Addr())
 		if err := d.restation(ctx, s.Pool, a.Addr(), e.MAC, told); err != nil {
 			return err
 		}
@@ -385,7 +391,9 @@ func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin
 		e.joined, e.sandbox = true, req.SandboxKey
 		d.mu.Unlock()
 		d.tell(n, e)
-		resp = joinResponse(d.backends[n.rec.Mode].Attach(n.rec, e.rec).named(e.rec.IfName))
+		at := d.backends[n.rec.Mode].Attach(n.rec, e.rec).named(e.rec.IfName)
+		at.Routes = append(at.Routes, d.learntRoutes(e)...)
+		resp = joinResponse(at)
 		return nil
 	})
 	if err == nil {

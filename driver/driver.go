@@ -75,6 +75,9 @@ type Config struct {
 	// has chosen, if it is not zero, and what a DHCP server is to be told. nil: nobody
 	// wants to know.
 	Restation func(ctx context.Context, subnet netip.Prefix, a netip.Addr, mac datapath.MAC, told map[string]string) error
+	// Learnt returns what a DHCP server has said with an address of a subnet. nil:
+	// there is none.
+	Learnt func(subnet netip.Prefix, a netip.Addr) (Learnt, bool)
 	// Chosen reports whether nobody typed a network's subnet, or its gateway. ours is
 	// false where an IPAM handed them out that does not say. nil: none says.
 	Chosen func(pool netip.Prefix, gateway netip.Addr) (subnet, address, ours bool)
@@ -99,6 +102,7 @@ type Driver struct {
 	swarm     swarm
 	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
 	restation func(context.Context, netip.Prefix, netip.Addr, datapath.MAC, map[string]string) error
+	learnt    func(netip.Prefix, netip.Addr) (Learnt, bool)
 	chosen    func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
 	ranges    func(netip.Prefix) (netip.Prefix, bool)
 	log       logrus.FieldLogger
@@ -124,6 +128,9 @@ type Driver struct {
 	drift Drift
 	// lingers are hardware addresses that the kernel may still have, see linger.
 	lingers map[datapath.MAC]time.Time
+	// addressed are the host's addresses at addressedAt, see addressedLately.
+	addressed   map[string][]netip.Prefix
+	addressedAt time.Time
 	// unowned is ours by its mark and named by no record.
 	unowned datapath.State
 }
@@ -184,12 +191,15 @@ func New(c Config) (*Driver, error) {
 	if c.Restation == nil {
 		c.Restation = func(context.Context, netip.Prefix, netip.Addr, datapath.MAC, map[string]string) error { return nil }
 	}
+	if c.Learnt == nil {
+		c.Learnt = func(netip.Prefix, netip.Addr) (Learnt, bool) { return Learnt{}, false }
+	}
 	if c.Chosen == nil {
 		c.Chosen = func(netip.Prefix, netip.Addr) (_, _, _ bool) { return false, false, false }
 	}
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
-		station: c.Station, restation: c.Restation, chosen: c.Chosen, ranges: c.Range, log: c.Log,
+		station: c.Station, restation: c.Restation, learnt: c.Learnt, chosen: c.Chosen, ranges: c.Range, log: c.Log,
 		damaged: c.Damaged, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, mates: map[string][]*endpoint{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }

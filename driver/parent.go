@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"net/netip"
@@ -144,7 +145,9 @@ func (n Network) hop(f family) netip.Addr {
 
 // Endpoint implements Backend.
 func (b Parent) Endpoint(n Network, e Endpoint) datapath.State {
-	s := datapath.State{Children: []datapath.Child{b.child(n, peerEnd(e.ID), e.MAC)}}
+	c := b.child(n, peerEnd(e.ID), e.MAC)
+	c.MTU = cmp.Or(e.MTU, n.MTU)
+	s := datapath.State{Children: []datapath.Child{c}}
 	if !e.Reach {
 		return s
 	}

@@ -73,7 +73,8 @@ type Endpoint struct {
 	Addrs   []netip.Prefix // at most one per family, with the subnet's mask
 	MAC     datapath.MAC
 	// MTU is the network's when the endpoint was made, for overlay networks: the
-	// container keeps it. 0 is the first that the network had.
+	// container keeps it; else the lesser one of the DHCP server, where that is heeded.
+	// 0 is the first that the network had.
 	MTU int `json:",omitempty"`
 	// Left is set when Leave took the links away and DeleteEndpoint has yet
 	// to come.
@@ -102,6 +103,10 @@ type Endpoint struct {
 	// IfName is what the interface is to be called in the container; "" leaves it
 	// to the network's prefix.
 	IfName string `json:",omitempty"`
+	// Routes are those of the DHCP server of the address, where they are heeded;
+	// LeftOut is what of that server is not, and why.
+	Routes  []Route  `json:",omitempty"`
+	LeftOut []string `json:",omitempty"`
 	// Claim orders endpoints of several hosts that claim one address.
 	Claim   uint64 `json:",omitempty"`
 	Created time.Time

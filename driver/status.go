@@ -62,6 +62,17 @@ type EndpointStatus struct {
 	Gateway bool         `json:"gateway"` // the container's way out
 	Ports   []PortStatus `json:"ports"`
 	Created time.Time    `json:"created"`
+	// MTU and Routes are those of the DHCP server, where it says some and they are
+	// heeded; LeftOut is what is not heeded, and why.
+	MTU     int           `json:"mtu,omitempty"`
+	Routes  []RouteStatus `json:"routes,omitempty"`
+	LeftOut []string      `json:"leftOut,omitempty"`
+}
+
+// RouteStatus is a route in a container; without Via it is on the link.
+type RouteStatus struct {
+	To  netip.Prefix `json:"to"`
+	Via netip.Addr   `json:"via,omitzero"`
 }
 
 // PortStatus is one published port. Host is empty where the container's own
@@ -186,6 +197,10 @@ func (e *endpoint) status(n Network) EndpointStatus {
 	s := EndpointStatus{
 		ID: e.rec.ID, Network: e.rec.Network, Link: hostEnd(e.rec.ID), Addrs: slices.Clone(e.rec.Addrs), MAC: e.rec.MAC,
 		State: "up", Gateway: e.rec.Programmed, Ports: []PortStatus{}, Created: e.rec.Created,
+		MTU: e.rec.MTU, LeftOut: slices.Clone(e.rec.LeftOut),
+	}
+	for _, r := range e.rec.Routes {
+		s.Routes = append(s.Routes, RouteStatus{r.Destination, r.NextHop})
 	}
 	if n.onParent() {
 		s.Link = peerEnd(e.rec.ID)

@@ -117,6 +117,17 @@ func (i *IPAM) leaseOf(prefix netip.Prefix, a netip.Addr) (*pool, *leased) {
 	return nil, nil
 }
 
+// Lease is the lease of an address; false if it is not leased.
+func (i *IPAM) Lease(prefix netip.Prefix, a netip.Addr) (dhcp.Lease, bool) {
+	p, l := i.leaseOf(prefix, a)
+	if l == nil {
+		return dhcp.Lease{}, false
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return l.Lease, true
+}
+
 // retake leases an address again for the same station, as which it is now seen.
 func (i *IPAM) retake(ctx context.Context, p *pool, old, s dhcp.Station, lease dhcp.Lease) (dhcp.Lease, error) {
 	link, a := p.dhcp(), lease.Address.Addr()

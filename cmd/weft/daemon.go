@@ -192,6 +192,9 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 			mac, ok := p.ipam.Station(subnet, a) // made below, and there before the first call
 			return mac, ok
 		},
+		Learnt: func(subnet netip.Prefix, a netip.Addr) (driver.Learnt, bool) {
+			return learnt(p.ipam.Lease(subnet, a))
+		},
 		Chosen: func(subnet netip.Prefix, gateway netip.Addr) (bool, bool, bool) {
 			return p.ipam.Chosen(subnet, gateway)
 		},

@@ -183,6 +183,7 @@ func (d document) networks() [][]string {
 
 func (d document) endpoints() [][]string {
 	rows, names := [][]string{{"ENDPOINT", "NAME", "NETWORK", "ADDRESSES", "MAC", "LINK", "STATE", "PORTS"}}, d.holders()
+	var lines [][]string
 	for _, e := range d.Endpoints {
 		var addrs, ports, name []string
 		for _, a := range e.Addrs {
@@ -197,8 +198,11 @@ func (d document) endpoints() [][]string {
 		rows = append(rows, []string{
 			short(e.ID), list(name), short(e.Network), list(addrs), orDash(e.MAC.String()), e.Link, e.State, list(ports),
 		})
+		if len(e.LeftOut) > 0 {
+			lines = append(lines, []string{fmt.Sprintf("! endpoint %s: not taken from the DHCP server: %s", short(e.ID), strings.Join(e.LeftOut, "; "))})
+		}
 	}
-	return rows
+	return append(rows, lines...)
 }
 
 // holders are the names of containers by the addresses that they have. No engine
@@ -303,6 +307,9 @@ func (d document) leases() [][]string {
 				ends = d.ago(l.Expires) + " ago"
 			}
 			rows = append(rows, []string{l.Address.String(), orDash(l.Name), orDash(l.MAC), p.DHCP.Link, ends, orDash(l.Trouble)})
+		}
+		if flags := resolvers(p.DHCP.Leases); flags != "" {
+			lines = append(lines, []string{fmt.Sprintf("the DHCP server on %s names resolvers, which Docker takes from no plugin; to use them: %s", p.DHCP.Link, flags)})
 		}
 		if c := p.DHCP.Counts; c.Silent+c.Refused+c.Expired > 0 {
 			lines = append(lines, []string{fmt.Sprintf("! the DHCP server on %s, since the plugin started: %d extensions, %d not answered, %d refused; %d leases ended in use",

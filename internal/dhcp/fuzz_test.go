@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -30,6 +31,7 @@ func FuzzAnswer4(f *testing.F) {
 	all.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionInterfaceMTU, []byte{5, 0x78}))
 	all.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionClasslessStaticRoute, []byte{0, 10, 77, 0, 1, 12, 10, 80, 10, 77, 0, 2}))
 	all.UpdateOption(dhcpv4.OptRenewTimeValue(time.Hour))
+	all.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionDNSDomainSearchList, []byte("\x03lan\x07\x1b[2Jx y\x00\x01a\xc0\x00")))
 	f.Add(all.ToBytes(), 24)
 	all.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionClasslessStaticRoute, []byte{33, 10, 77}))
 	f.Add(all.ToBytes(), 24)
@@ -90,6 +92,14 @@ func checkAnswer(t *testing.T, d dialect, b []byte, bits int) {
 	}
 	if !l.Server.IsValid() && len(l.ServerDUID) == 0 {
 		t.Error("a lease of nobody")
+	}
+	if len(l.Routes) > mostRoutes || len(l.DNS) > mostNames || len(l.Search) > mostNames {
+		t.Errorf("%d routes, %d name servers, %d domains are kept", len(l.Routes), len(l.DNS), len(l.Search))
+	}
+	for _, s := range append([]string{l.Domain}, l.Search...) {
+		if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) {
+			t.Errorf("a domain is %q", s)
+		}
 	}
 	text, err := json.Marshal(l)
 	if err != nil {

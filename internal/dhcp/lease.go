@@ -21,10 +21,13 @@ type Lease struct {
 	// gives classless routes the default route among them counts and the router
 	// option does not (RFC 3442).
 	Router netip.Addr   `json:",omitzero"`
-	MTU    int          `json:",omitzero"` // bytes (option 26); 0 if not said
-	Routes []Route      `json:",omitempty"`
+	MTU    int          `json:",omitzero"`  // bytes (option 26); 0 if not said
+	Routes []Route      `json:",omitempty"` // the first ones; MoreRoutes is how many followed
 	DNS    []netip.Addr `json:",omitempty"`
-	Domain string       `json:",omitempty"`
+	Domain string       `json:",omitempty"` // option 15; of DHCPv6 the first of Search
+	Search []string     `json:",omitempty"` // domains to search (option 119)
+
+	MoreRoutes int `json:",omitempty"`
 
 	// Granted is when the question was first sent that this answers: the times run
 	// from there (RFC 2131, 4.4.1), so that the server's end is never before ours.
@@ -34,6 +37,13 @@ type Lease struct {
 	// seconds.
 	Renew, Rebind, Valid time.Duration
 }
+
+// What is kept of what a server says: a lease is a record, and anybody on the LAN
+// may answer.
+const (
+	mostRoutes = 64
+	mostNames  = 16 // name servers, and domains to search
+)
 
 // Route is a classless route (RFC 3442). An unspecified Via (0.0.0.0) means
 // that the destination is on the link.

@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
@@ -20,6 +21,7 @@ var asked = dhcpv4.OptParameterRequestList(
 	dhcpv4.OptionRouter,
 	dhcpv4.OptionDomainNameServer,
 	dhcpv4.OptionDomainName,
+	dhcpv4.OptionDNSDomainSearchList,
 	dhcpv4.OptionInterfaceMTU,
 	dhcpv4.OptionIPAddressLeaseTime,
 	dhcpv4.OptionRenewTimeValue,
@@ -152,8 +154,11 @@ func (l *Lease) read4(m *dhcpv4.DHCPv4, bits int) error {
 	if mtu, err := dhcpv4.GetUint16(dhcpv4.OptionInterfaceMTU, m.Options); err == nil && mtu >= 68 { // RFC 2132, 5.1
 		l.MTU = int(mtu)
 	}
-	l.DNS = addrs(m.DNS())
-	l.Domain = printable(m.DomainName())
+	l.DNS = some(addrs(m.DNS()), mostNames)
+	l.Domain = name(m.DomainName())
+	if search := m.DomainSearch(); search != nil {
+		l.Search = names(search.Labels)
+	}
 	if routes := m.ClasslessStaticRoute(); routes != nil {
 		l.routes4(routes)
 	} else if r := addrs(m.Router()); len(r) > 0 {
@@ -172,6 +177,8 @@ func (l *Lease) routes4(routes []*dhcpv4.Route) {
 		case !ok || !ok2:
 		case ones == 0 && !via.IsUnspecified():
 			l.Router = via
+		case len(l.Routes) == mostRoutes:
+			l.MoreRoutes++
 		default:
 			l.Routes = append(l.Routes, Route{To: netip.PrefixFrom(to, ones).Masked(), Via: via})
 		}
@@ -189,6 +196,28 @@ func addrs(list []net.IP) []netip.Addr {
 	for _, ip := range list {
 		if a, ok := netip.AddrFromSlice(ip); ok && !a.Unmap().IsUnspecified() {
 			out = append(out, a.Unmap())
+		}
+	}
+	return out
+}
+
+// some is a list that is not longer than most.
+func some[T any](list []T, most int) []T { return list[:min(len(list), most)] }
+
+// name is a domain's, "" for what is none: a name in the DNS has no spaces, and no
+// more than 253 bytes.
+func name(s string) string {
+	if s = printable(s); len(s) > 253 || strings.Contains(s, " ") {
+		return ""
+	}
+	return s
+}
+
+// names are those of a search list that are names.
+func names(list []string) (out []string) {
+	for _, s := range some(list, mostNames) {
+		if s = name(s); s != "" {
+			out = append(out, s)
 		}
 	}
 	return out

@@ -102,9 +102,11 @@ func (d *v6) read(b []byte, bits int) (answer, error) {
 	if a.lease.Address.IsValid() && a.lease.Valid == 0 {
 		a.verdict, a.reason = refused, "the address is no longer valid"
 	}
-	a.lease.DNS = addrs(m.Options.DNS())
-	if list := m.Options.DomainSearchList(); list != nil && len(list.Labels) > 0 {
-		a.lease.Domain = printable(list.Labels[0])
+	a.lease.DNS = some(addrs(m.Options.DNS()), mostNames)
+	if list := m.Options.DomainSearchList(); list != nil {
+		if a.lease.Search = names(list.Labels); len(a.lease.Search) > 0 {
+			a.lease.Domain = a.lease.Search[0]
+		}
 	}
 	return a, nil
 }
