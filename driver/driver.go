@@ -78,6 +78,10 @@ type Config struct {
 	// Learnt returns what a DHCP server has said with an address of a subnet. nil:
 	// there is none.
 	Learnt func(subnet netip.Prefix, a netip.Addr) (Learnt, bool)
+	// Assigned tells whoever handed an address out which endpoint has it, with which
+	// MAC address unless it is zero. It does not wait for anything. nil: nobody
+	// wants to know.
+	Assigned func(subnet netip.Prefix, a netip.Addr, endpointID string, mac datapath.MAC)
 	// Chosen reports whether nobody typed a network's subnet, or its gateway. ours is
 	// false where an IPAM handed them out that does not say. nil: none says.
 	Chosen func(pool netip.Prefix, gateway netip.Addr) (subnet, address, ours bool)
@@ -103,6 +107,7 @@ type Driver struct {
 	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
 	restation func(context.Context, netip.Prefix, netip.Addr, datapath.MAC, map[string]string) error
 	learnt    func(netip.Prefix, netip.Addr) (Learnt, bool)
+	assigned  func(netip.Prefix, netip.Addr, string, datapath.MAC)
 	chosen    func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
 	ranges    func(netip.Prefix) (netip.Prefix, bool)
 	log       logrus.FieldLogger
@@ -194,12 +199,15 @@ func New(c Config) (*Driver, error) {
 	if c.Learnt == nil {
 		c.Learnt = func(netip.Prefix, netip.Addr) (Learnt, bool) { return Learnt{}, false }
 	}
+	if c.Assigned == nil {
+		c.Assigned = func(netip.Prefix, netip.Addr, string, datapath.MAC) {}
+	}
 	if c.Chosen == nil {
 		c.Chosen = func(netip.Prefix, netip.Addr) (_, _, _ bool) { return false, false, false }
 	}
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
-		station: c.Station, restation: c.Restation, learnt: c.Learnt, chosen: c.Chosen, ranges: c.Range, log: c.Log,
+		station: c.Station, restation: c.Restation, learnt: c.Learnt, assigned: c.Assigned, chosen: c.Chosen, ranges: c.Range, log: c.Log,
 		damaged: c.Damaged, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, mates: map[string][]*endpoint{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }

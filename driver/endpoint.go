@@ -39,6 +39,7 @@ func (d *Driver) createEndpoint(ctx context.Context, n *network, rec Endpoint) e
 		return join(err, d.removeEndpoint(ctx, n, e))
 	}
 	d.share(n)
+	d.assign(n.rec, e.rec)
 	return nil
 }
 

@@ -25,7 +25,7 @@ var elsewhere = map[string]string{
 var addressOptions = []string{"dhcp", "space", "quarantine", "keep", "reserve", "client_id", "vendor_class", "hostname", "register_dns", "dhcp_timeout"}
 
 // pluginSettings are given to the plugin, not to a network.
-var pluginSettings = []string{"log_level", "pools", "scope", "peers", "secret", "underlay", "grace", "gossip_port",
+var pluginSettings = []string{"log_level", "pools", "scope", "peers", "secret", "underlay", "grace", "history", "gossip_port",
 	"store", "store_ca", "store_cert", "store_key", "store_user", "store_password"}
 
 // misplaced says where an option belongs that no network has; "" if it is just

@@ -200,3 +200,33 @@ func (d *Driver) learntRoutes(e *endpoint) []Route {
 	}
 	return filter(e.rec.Routes, func(r Route) bool { return !have[r.Destination] })
 }
+
+// assign tells whose the addresses of an endpoint are.
+func (d *Driver) assign(n Network, e Endpoint) {
+	for _, a := range e.Addrs {
+		if s, ok := n.subnet(a.Addr()); ok {
+			d.assigned(s.Pool, a.Addr(), e.ID, e.MAC)
+		}
+	}
+}
+
+// AssignAll tells it of all endpoints, as after a start.
+func (d *Driver) AssignAll() {
+	type pair struct {
+		n Network
+		e Endpoint
+	}
+	var all []pair
+	d.mu.Lock()
+	for _, n := range d.networks {
+		for _, e := range n.endpoints {
+			if e.holds() {
+				all = append(all, pair{n.rec, e.rec})
+			}
+		}
+	}
+	d.mu.Unlock()
+	for _, p := range all {
+		d.assign(p.n, p.e)
+	}
+}

@@ -21,6 +21,7 @@ type addressRequest struct {
 	kind kind
 	name string     // what the address is to be kept for; "" for nothing
 	had  netip.Addr // what was kept for the name until now
+	who  string     // the container's whole name, for the history; "" if it is not known
 	// far says which other host has an address; nil: none.
 	far func(netip.Addr) (host string, ok bool)
 }
@@ -403,7 +404,14 @@ func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressReques
 		}
 		p.mu.Unlock()
 	}
-	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, k, name, kept)
+	past := i.history.begin(p.poolKey, a, r, i.now())
+	rev, err := i.home(p.poolKey).putAddress(ctx, p.poolKey, a, grant{k, name, kept}, past)
+	switch {
+	case err == nil && p.shared(), doubtful && errors.Is(err, store.ErrExists) && !p.shared():
+		i.history.later(past)
+	case err != nil:
+		i.history.refused(p.poolKey, a, doubtful || errors.Is(err, store.ErrUncertain) || p.dhcp() != "")
+	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	close(b.done)
@@ -498,7 +506,14 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 // free deletes the record of an address that is busy and then its mark. If
 // that fails Run goes on: the engine ignores the error and never asks again.
 func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
-	err := i.home(p.poolKey).dropAddress(ctx, p.poolKey, a)
+	past := i.history.end(p.poolKey, a, i.now())
+	err := i.home(p.poolKey).dropAddress(ctx, p.poolKey, a, past)
+	if err == nil {
+		if p.shared() {
+			i.history.later(past)
+		}
+		i.history.ended(p.poolKey, a)
+	}
 	key := ""
 	if err == nil && p.dhcp() != "" {
 		key = i.unlease(ctx, p, a)

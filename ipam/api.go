@@ -210,6 +210,9 @@ func parseAddressRequest(req ipam.RequestAddressRequest) (addressRequest, error)
 		r.kind = kindGateway
 	} else if id.named() {
 		r.name = lasting(req.Options[plugin.OptionEndpointName])
+		if r.who = strings.TrimPrefix(req.Options[plugin.OptionEndpointName], "/"); checkName(r.who) != nil {
+			r.who = ""
+		}
 	}
 	return r, nil
 }

@@ -224,7 +224,7 @@ func (s *shared) leave(ctx context.Context, k poolKey) error {
 }
 
 // putAddress implements home. A gateway is that of all hosts.
-func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, owner string, kept uint64) (uint64, error) {
+func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, g grant, _ store.Batch) (uint64, error) {
 	if s.claims == nil {
 		return 0, errNoCluster
 	}
@@ -233,8 +233,8 @@ func (s *shared) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kin
 	if err := s.forget(ctx, key); err != nil {
 		return 0, err
 	}
-	rev, err := s.claim(ctx, key, as, owner, kept, takeOver)
-	if err != nil || as != kindGateway {
+	rev, err := s.claim(ctx, key, g.as, g.name, g.kept, takeOver)
+	if err != nil || g.as != kindGateway {
 		return rev, err
 	}
 	err = s.change(ctx, k, func(t *table) (bool, error) {
@@ -322,7 +322,7 @@ func (s *shared) mayHave(h heldClaim, takeOver bool) bool {
 // exactly the one that it has read: what is deleted late is not another one.
 // What fails is remembered, over a restart. What is done is forgotten at once:
 // the address may be given out again.
-func (s *shared) dropAddress(ctx context.Context, k poolKey, a netip.Addr) error {
+func (s *shared) dropAddress(ctx context.Context, k poolKey, a netip.Addr, _ store.Batch) error {
 	if err := s.unclaim(ctx, k.claim(a)); err != nil {
 		return s.owe(ctx, k.claim(a), err)
 	}

@@ -709,7 +709,7 @@ func TestFailEveryWriteOnce(t *testing.T) {
 			beta.do("unpool space=blue,10.44.0.0/24")
 			soon(t, fmt.Sprintf("%s at %d: nothing is left in etcd", mode, at), func() bool { return len(inEtcd(t, beta.shared)) == 0 })
 			soon(t, fmt.Sprintf("%s at %d: nothing is left on disk", mode, at), func() bool {
-				left, err := alpha.bolt.List(t.Context(), "")
+				left, err := alpha.left()
 				return err == nil && len(left) == 0
 			})
 			if !reached {

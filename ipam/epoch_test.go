@@ -32,7 +32,7 @@ func TestDisplacedRecords(t *testing.T) {
 			if got := h.do("pool global 10.1.0.0/16"); got != "weft-global,10.1.0.0/16" {
 				t.Errorf("%s at %d, again: %s", mode, at, got)
 			}
-			left, err := h.bolt.List(t.Context(), "")
+			left, err := h.left()
 			if err != nil || len(left) != 1 || left[0].Key != poolPrefix+"weft-global,10.1.0.0/16" {
 				t.Errorf("%s at %d: left %v, error %v", mode, at, left, err)
 			}

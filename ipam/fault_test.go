@@ -66,6 +66,11 @@ func (f *faulty) Put(ctx context.Context, r store.Record) (out store.Record, err
 	return out, err
 }
 
+func (f *faulty) Write(ctx context.Context, b store.Batch) (out store.Record, err error) {
+	err = f.call(func() error { out, err = f.records.Write(ctx, b); return err })
+	return out, err
+}
+
 func (f *faulty) Delete(ctx context.Context, key string) error {
 	return f.call(func() error { return f.records.Delete(ctx, key) })
 }
@@ -221,7 +226,7 @@ func failOnce(t *testing.T, mode string, at int) bool {
 		}
 	}
 	h.restart()
-	left, err := h.bolt.List(t.Context(), "")
+	left, err := h.left()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -267,7 +272,7 @@ func TestFailedReleases(t *testing.T) {
 			if err := <-done; err != nil {
 				t.Errorf("Run: %v", err)
 			}
-			if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) != 0 || len(h.Status(t.Context()).Pools) != 0 {
+			if left, err := h.left(); err != nil || len(left) != 0 || len(h.Status(t.Context()).Pools) != 0 {
 				t.Errorf("%s at %d: left %v, %v, error %v", mode, at, left, h.Status(t.Context()), err)
 			}
 		}
@@ -342,6 +347,19 @@ func (s *slow) Put(ctx context.Context, r store.Record) (store.Record, error) {
 	}
 }
 
+func (s *slow) Write(ctx context.Context, b store.Batch) (store.Record, error) {
+	out, err := s.records.Write(ctx, b)
+	if b.Put == nil { // as with Delete
+		return out, err
+	}
+	select {
+	case <-s.hang:
+		return out, err
+	case <-ctx.Done():
+		return store.Record{}, fmt.Errorf("%w: %w", store.ErrUncertain, ctx.Err())
+	}
+}
+
 // TestDiskHangs: every call returns when its context ends, requests for other
 // pools and Status do not wait for a pool whose write hangs, and nothing that may be
 // on disk is handed out.
@@ -391,7 +409,7 @@ func TestDiskHangs(t *testing.T) {
 	if n := h.settle(t.Context()); n != 0 {
 		t.Errorf("%d left", n)
 	}
-	left, err := h.bolt.List(t.Context(), "")
+	left, err := h.left()
 	if err != nil || len(left) != 2 { // the pool and 10.1.0.11
 		t.Errorf("left on disk: %v, %v", left, err)
 	}
@@ -558,7 +576,7 @@ func TestReleasePoolWaits(t *testing.T) {
 	if got := <-released; got != "ok" {
 		t.Errorf("release: %s", got)
 	}
-	if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) != 0 {
+	if left, err := h.left(); err != nil || len(left) != 0 {
 		t.Errorf("left: %v, %v", left, err)
 	}
 }

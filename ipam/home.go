@@ -17,10 +17,18 @@ type home interface {
 	putPool(ctx context.Context, p *pool) error
 	// dropPool deletes it with all addresses.
 	dropPool(ctx context.Context, k poolKey) error
-	// putAddress makes the record of an address. kept is the revision of the
-	// claim that the name keeps, in a shared space, if it is known.
-	putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, name string, kept uint64) (rev uint64, err error)
-	dropAddress(ctx context.Context, k poolKey, a netip.Addr) error
+	// putAddress makes the record of an address. beside is written in the same
+	// transaction as long as that is one of this host's disk; so with dropAddress.
+	putAddress(ctx context.Context, k poolKey, a netip.Addr, g grant, beside store.Batch) (rev uint64, err error)
+	dropAddress(ctx context.Context, k poolKey, a netip.Addr, beside store.Batch) error
+}
+
+// grant is whom an address is for. kept is the revision of the claim that the name
+// keeps, in a shared space, if it is known.
+type grant struct {
+	as   kind
+	name string
+	kept uint64
 }
 
 func (i *IPAM) home(k poolKey) home {
@@ -108,15 +116,18 @@ func (d disk) dropPool(ctx context.Context, k poolKey) error {
 	return d.store.DeletePrefix(ctx, k.names())
 }
 
-func (d disk) putAddress(ctx context.Context, k poolKey, a netip.Addr, as kind, name string, _ uint64) (uint64, error) {
-	v, err := json.Marshal(addressRecord{Version: recordVersion, Kind: as, Name: name, Created: time.Now().UTC()})
+func (d disk) putAddress(ctx context.Context, k poolKey, a netip.Addr, g grant, beside store.Batch) (uint64, error) {
+	v, err := json.Marshal(addressRecord{Version: recordVersion, Kind: g.as, Name: g.name, Created: time.Now().UTC()})
 	if err != nil {
 		return 0, err
 	}
-	r, err := d.store.Put(ctx, store.Record{Key: k.address(a), Value: v})
+	beside.Put = &store.Record{Key: k.address(a), Value: v}
+	r, err := d.store.Write(ctx, beside)
 	return r.Rev, err
 }
 
-func (d disk) dropAddress(ctx context.Context, k poolKey, a netip.Addr) error {
-	return d.store.Delete(ctx, k.address(a))
+func (d disk) dropAddress(ctx context.Context, k poolKey, a netip.Addr, beside store.Batch) error {
+	beside.Delete = append([]string{k.address(a)}, beside.Delete...)
+	_, err := d.store.Write(ctx, beside)
+	return err
 }

@@ -20,6 +20,7 @@ type records interface {
 	Put(ctx context.Context, r store.Record) (store.Record, error)
 	Delete(ctx context.Context, key string) error
 	DeletePrefix(ctx context.Context, prefix string) error
+	Write(ctx context.Context, b store.Batch) (store.Record, error)
 }
 
 // Config is what New needs.
@@ -60,7 +61,9 @@ type Config struct {
 		feed
 	}
 	HostID, HostName string
-	Log              logrus.FieldLogger
+	// History is how long it is known who had an address; 0: it is not.
+	History time.Duration
+	Log     logrus.FieldLogger
 }
 
 // IPAM hands out pools and addresses. Its methods may be called from any
@@ -88,6 +91,8 @@ type IPAM struct {
 	// Since when this process has the pools, and what was given back just before.
 	started time.Time
 	left    map[string]map[netip.Addr]string
+
+	history *history
 
 	nameless sync.Once // that the engine tells no names was logged
 
@@ -201,7 +206,7 @@ func New(c Config) (*IPAM, error) {
 	}
 	i := &IPAM{
 		store: c.Store, host: c.Host, holder: c.Holder, count: c.Holders, vet: c.Vet, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, asleep: asleep, dhcp: c.DHCP, leases: make(chan struct{}, 1),
-		changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
+		history: newHistory(c.History), changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]uint64{}, owed: map[string]bool{}},
 	}
 	if c.Shared != nil {
@@ -431,6 +436,7 @@ func (i *IPAM) drop(ctx context.Context, p *pool) error {
 	if err := i.home(p.poolKey).dropPool(ctx, p.poolKey); err != nil {
 		return err
 	}
+	i.history.endPool(p.poolKey, i.now())
 	if p.dhcp() != "" { // after the pool, which else nobody would release again
 		if err := i.dropLeases(ctx, p); err != nil {
 			return err

@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -39,10 +40,13 @@ type house struct {
 	// With a cluster: its store as this host sees it, and the host's name.
 	shared cluster
 	name   string
-	stop   func()    // ends Run
-	clock  time.Time // zero: the real one
+	stop   func()        // ends Run
+	clock  time.Time     // zero: the real one
+	keep   time.Duration // of the history; 0: a month
 	*IPAM
 }
+
+const month = 720 * time.Hour
 
 type cluster interface {
 	claims
@@ -67,7 +71,7 @@ func (h *house) start() {
 	log, hook := test.NewNullLogger()
 	h.log = hook
 	h.IPAM, err = New(Config{
-		Store: h.wrap(h.bolt), Log: log, Pools: h.pools, Shared: h.shared, HostID: "id-" + h.name, HostName: h.name,
+		Store: h.wrap(h.bolt), Log: log, Pools: h.pools, Shared: h.shared, HostID: "id-" + h.name, HostName: h.name, History: cmp.Or(h.keep, month),
 		Host:   func(context.Context) ([]netip.Prefix, error) { return h.host, nil },
 		Holder: func(p netip.Prefix) (string, bool) { id, ok := h.held[p]; return id, ok },
 		Holders: func(p netip.Prefix) int {

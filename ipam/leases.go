@@ -893,6 +893,7 @@ func (i *IPAM) squat(id poolID, a netip.Addr) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	i.history.void(id.poolKey, a)
 	if l := p.leased[a]; l != nil {
 		l.squatted, p.declined[a] = true, i.now()
 	}

@@ -24,6 +24,9 @@ func (i *IPAM) Load(ctx context.Context) error {
 	if err := i.loadBack(ctx); err != nil {
 		return err
 	}
+	if err := i.loadHistory(ctx); err != nil {
+		return err
+	}
 	pools := map[poolKey]*pool{}
 	list, err := i.store.List(ctx, poolPrefix)
 	if err != nil {
@@ -109,6 +112,7 @@ func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) (map[
 		}
 		p.taken.add(a)
 		p.before.add(a)
+		i.history.adopt(k, a, rec)
 		if rec.Kind == kindAuto {
 			p.chosen.add(a)
 		}

@@ -489,7 +489,7 @@ func TestCrashes(t *testing.T) {
 			},
 		})
 		h.do("unpool " + id)
-		if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) > 0 {
+		if left, err := h.left(); err != nil || len(left) > 0 {
 			r.Fatalf("left: %v %v", left, err)
 		}
 		if err := h.bolt.Close(); err != nil {

@@ -168,7 +168,7 @@ func TestTwoRanges(t *testing.T) {
 			unpool @A -> ok
 			addr @B 10.1.0.128 -> error: …is in use…
 			unpool @B -> ok`)
-		if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) != 0 {
+		if left, err := h.left(); err != nil || len(left) != 0 {
 			t.Errorf("left %v, %v", left, err)
 		}
 	})
@@ -293,7 +293,7 @@ func TestFailedRanges(t *testing.T) {
 			}
 			h.do("unpool " + id)
 			h.do("unpool " + a)
-			if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) != 0 {
+			if left, err := h.left(); err != nil || len(left) != 0 {
 				t.Errorf("%s at %d: left %v, %v", mode, at, left, err)
 			}
 		}
@@ -354,7 +354,7 @@ func TestRangesAtOnce(t *testing.T) {
 	}
 	h.do("unpool " + a)
 	h.do("unpool " + b)
-	if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) != 0 {
+	if left, err := h.left(); err != nil || len(left) != 0 {
 		t.Errorf("left %v, %v", left, err)
 	}
 }

@@ -47,6 +47,7 @@ func (i *IPAM) Run(ctx context.Context) error {
 	g.Go(func() error { return i.clean(ctx) })
 	g.Go(func() error { return i.extend(ctx) })
 	g.Go(func() error { return i.forsake(ctx) })
+	g.Go(func() error { return i.writeHistory(ctx) })
 	err := g.Wait()
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 	defer cancel()

@@ -304,7 +304,7 @@ func nothingLeft(t *testing.T, all []*house) {
 		t.Errorf("left in etcd: %v", left)
 	}
 	for _, h := range all {
-		if left, err := h.bolt.List(t.Context(), ""); err != nil || len(left) > 0 {
+		if left, err := h.left(); err != nil || len(left) > 0 {
 			t.Errorf("left on %s: %v, %v", h.name, left, err)
 		}
 	}

@@ -33,10 +33,12 @@ type onDelete struct {
 	do func(key string)
 }
 
-func (s onDelete) Delete(ctx context.Context, key string) error {
-	err := s.records.Delete(ctx, key)
-	s.do(key)
-	return err
+func (s onDelete) Write(ctx context.Context, b store.Batch) (store.Record, error) {
+	r, err := s.records.Write(ctx, b)
+	for _, key := range b.Delete {
+		s.do(key)
+	}
+	return r, err
 }
 
 // TestStrandedGrantedAgain: what was stranded, and is given to somebody while others

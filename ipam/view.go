@@ -528,7 +528,7 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 		owner = b.name
 	}
 	p.mu.Unlock()
-	rev, err := i.shared.putAddress(ctx, p.poolKey, c.addr, kindExplicit, owner, 0)
+	rev, err := i.shared.putAddress(ctx, p.poolKey, c.addr, grant{as: kindExplicit, name: owner}, store.Batch{})
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	close(b.done)

@@ -19,9 +19,17 @@ func (p program) address(ctx context.Context, args []string) error {
 	space := fs.String("space", "", "address space that hosts share, as in --ipam-opt space=NAME")
 	stranded := fs.Bool("stranded", false, "release all addresses that no container has")
 	force := fs.Bool("force", false, "release an address of a host that is dead, or of another driver's network")
+	at := fs.String("at", "", "history: only who had an address in that minute, second or day: 14:05, 2006-01-02, 2006-01-02 14:05, or RFC 3339")
+	asJSON := fs.Bool("json", false, "history: print JSON")
 	words, err := p.parse(fs, args)
 	if err != nil {
 		return err
+	}
+	if len(words) > 0 && words[0] == "history" {
+		return p.history(ctx, find, words[1:], *at, *asJSON)
+	}
+	if *at != "" || *asJSON {
+		return p.wrong("-at and -json are for history: weft address history ADDRESS -at 14:05")
 	}
 	o := ipam.Order{Space: *space, Force: *force, Stranded: *stranded}
 	if len(words) > 0 {
@@ -44,7 +52,7 @@ func (p program) address(ctx context.Context, args []string) error {
 			o.MAC = words[3]
 		}
 	default:
-		return p.wrong("address takes one of: reserve NAME ADDRESS [MAC], forget NAME|ADDRESS, release ADDRESS, release -stranded")
+		return p.wrong("address takes one of: reserve NAME ADDRESS [MAC], forget NAME|ADDRESS, release ADDRESS, release -stranded, history [ADDRESS|NAME]")
 	}
 	if err == nil && *pool != "" {
 		o.Pool, err = netip.ParsePrefix(*pool)

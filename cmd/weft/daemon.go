@@ -144,6 +144,10 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if s.scope == scopeGlobal {
 		pools = ipam.ForSwarm(pools)
 	}
+	history, err := s.historyTime()
+	if err != nil {
+		return nil, err
+	}
 	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return nil, fmt.Errorf("find out which boot this is: %w", err)
@@ -195,6 +199,9 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		Learnt: func(subnet netip.Prefix, a netip.Addr) (driver.Learnt, bool) {
 			return learnt(p.ipam.Lease(subnet, a))
 		},
+		Assigned: func(subnet netip.Prefix, a netip.Addr, endpoint string, mac datapath.MAC) {
+			p.ipam.Assigned(subnet, a, endpoint, mac)
+		},
 		Chosen: func(subnet netip.Prefix, gateway netip.Addr) (bool, bool, bool) {
 			return p.ipam.Chosen(subnet, gateway)
 		},
@@ -214,7 +221,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		return p, err
 	}
 	a := ipam.Config{
-		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Holders: p.driver.Subnets, Vet: p.driver.Vet, Used: p.driver.Used, Elsewhere: p.driver.Elsewhere, DHCP: new(dhcp.Client), Pools: pools, Log: log,
+		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Holders: p.driver.Subnets, Vet: p.driver.Vet, Used: p.driver.Used, Elsewhere: p.driver.Elsewhere, DHCP: new(dhcp.Client), Pools: pools, Log: log, History: history,
 	}
 	if p.shared != nil {
 		a.Shared = p.shared
@@ -228,7 +235,11 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if err := p.driver.Recover(ctx); err != nil {
 		return p, err
 	}
-	return p, p.ipam.Load(ctx)
+	if err := p.ipam.Load(ctx); err != nil {
+		return p, err
+	}
+	p.driver.AssignAll()
+	return p, nil
 }
 
 // instanceKey is the record that says whose a state is.

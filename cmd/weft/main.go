@@ -27,6 +27,7 @@ const usage = `usage: weft COMMAND [FLAGS]
   serve     answer the engine: the plugin itself
   status    show networks, endpoints and pools: status [networks|endpoints|pools|peers]
   address   keep or free an address: address reserve NAME ADDRESS|forget NAME|release ADDRESS|release -stranded
+            who had one: address history [ADDRESS|NAME] [-at TIME]
   network   forget a network that the engine no longer has: network forget ID|unclaimed
   cluster   have a host be another one, after a copy was made of it: cluster new-id
   secret    exchange the cluster's password: secret add|use|remove, the password on standard input

@@ -32,6 +32,7 @@ func (p program) serve(ctx context.Context, args []string) error {
 	fs.StringVar(&s.peers, "peers", p.env("PEERS"), "other hosts of the cluster: host[:port],... (PEERS)")
 	fs.StringVar(&s.underlay, "underlay", p.env("UNDERLAY"), "interface or address that carries traffic between hosts (UNDERLAY; default: the one that leads to PEERS, else that of the default route)")
 	fs.StringVar(&s.grace, "grace", p.env("GRACE"), "how long what leads to a silent host stays (GRACE; default 10m)")
+	fs.StringVar(&s.history, "history", p.env("HISTORY"), "how long weft address history knows who had an address; 0: not at all (HISTORY; default 720h)")
 	fs.StringVar(&s.gossipPort, "gossip-port", p.env("GOSSIP_PORT"), "port, TCP and UDP, on which hosts tell each other what they have (GOSSIP_PORT; default 7947, with SCOPE=global 7948)")
 	fs.StringVar(&s.store.Endpoints, "store", p.env("STORE"), "etcd://host:2379,... puts what hosts share into etcd, etcds:// with TLS (STORE; default: files of this host, and PEERS)")
 	fs.StringVar(&s.store.CA, "store-ca", p.env("STORE_CA"), "file with the certificates that etcd's is checked against (STORE_CA)")
@@ -94,7 +95,7 @@ func (d *daemon) serveAdmin(ctx context.Context) {
 	path := filepath.Join(d.settings.state, adminSocket)
 	l, err := plugin.Listen(path)
 	if err == nil {
-		err = admin.Serve(ctx, l, map[string]admin.Call{admin.PathStatus: d.status, admin.PathSecret: d.secret, admin.PathNewID: d.newID, admin.PathAddress: d.address, admin.PathNetwork: d.network}, d.log)
+		err = admin.Serve(ctx, l, map[string]admin.Call{admin.PathStatus: d.status, admin.PathSecret: d.secret, admin.PathNewID: d.newID, admin.PathAddress: d.address, admin.PathHistory: d.history, admin.PathNetwork: d.network}, d.log)
 	}
 	if err != nil {
 		d.log.WithError(fmt.Errorf("serve status: %w", err)).Error("weft status will not work")

@@ -18,10 +18,10 @@ import (
 
 // settings are what `weft serve` can be told.
 type settings struct {
-	logLevel, pools, scope, instance           string
-	peers, secret, underlay, grace, gossipPort string
-	store                                      store.EtcdConfig // none without Endpoints
-	state, socket                              string
+	logLevel, pools, scope, instance                    string
+	peers, secret, underlay, grace, gossipPort, history string
+	store                                               store.EtcdConfig // none without Endpoints
+	state, socket                                       string
 }
 
 // complete fills in what follows from others. A managed plugin is told its paths:
@@ -76,6 +76,8 @@ func (s settings) check() error {
 	note("UNDERLAY", s.underlay, checkUnderlay(s.underlay))
 	_, err = s.graceTime()
 	note("GRACE", s.grace, err)
+	_, err = s.historyTime()
+	note("HISTORY", s.history, err)
 	_, err = s.port()
 	note("GOSSIP_PORT", s.gossipPort, err)
 	if s.store.Endpoints != "" {
@@ -112,6 +114,20 @@ func (s settings) graceTime() (time.Duration, error) {
 	}
 	return d, nil
 }
+
+// historyTime is for how long it is known who had an address; 0 is not at all.
+func (s settings) historyTime() (time.Duration, error) {
+	if s.history == "" {
+		return defaultHistory, nil
+	}
+	d, err := time.ParseDuration(s.history)
+	if err != nil || d < 0 || 0 < d && d < time.Minute {
+		return 0, errors.New("write a time of 1m or more, as 720h, or 0 for no history")
+	}
+	return d, nil
+}
+
+const defaultHistory = 30 * 24 * time.Hour
 
 // port is the one on which hosts talk to each other.
 func (s settings) port() (uint16, error) {

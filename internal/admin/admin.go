@@ -23,6 +23,7 @@ const (
 	PathAddress = "/v1/address"
 	PathNetwork = "/v1/network"
 	PathNewID   = "/v1/cluster/new-id"
+	PathHistory = "/v1/history"
 )
 
 // Call answers a request with a value, or an error in one line. The body is

@@ -255,6 +255,71 @@ func (b *Bolt) Put(ctx context.Context, r Record) (Record, error) {
 	return out, nil
 }
 
+// Batch is what belongs into one transaction: all of it happens, or nothing.
+type Batch struct {
+	Put    *Record  // as Put has it; if that fails, so does the rest
+	Delete []string // keys; absent ones are success
+	Set    []Record // whatever is there under their keys; Rev counts for nothing
+}
+
+// Write carries a batch out and returns what was put with its new revision, if
+// something was.
+func (b *Bolt) Write(ctx context.Context, w Batch) (out Record, err error) {
+	if w.Put != nil {
+		out = Record{Key: w.Put.Key, Value: w.Put.Value}
+	}
+	for _, r := range w.all() {
+		if err := r.check(); err != nil {
+			return Record{}, err
+		}
+	}
+	err = b.do(ctx, func(k *bucket) error {
+		if w.Put != nil {
+			rev, err := k.put(*w.Put)
+			if err != nil {
+				return err
+			}
+			out.Rev = rev
+		}
+		for _, key := range w.Delete {
+			if err := k.delete([]byte(key)); err != nil {
+				return err
+			}
+		}
+		for _, r := range w.Set {
+			if err := k.set(r); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return Record{}, fmt.Errorf("write %s: %w", w.what(), err)
+	}
+	return out, nil
+}
+
+// all are the records that a batch writes.
+func (w Batch) all() []Record {
+	if w.Put == nil {
+		return w.Set
+	}
+	return append([]Record{*w.Put}, w.Set...)
+}
+
+// what names the first record of a batch, in errors.
+func (w Batch) what() string {
+	switch {
+	case w.Put != nil:
+		return "record " + w.Put.Key
+	case len(w.Delete) > 0:
+		return "record " + w.Delete[0]
+	case len(w.Set) > 0:
+		return "record " + w.Set[0].Key
+	}
+	return "nothing"
+}
+
 // Delete removes the record under key; an absent one is success.
 func (b *Bolt) Delete(ctx context.Context, key string) error {
 	if err := b.do(ctx, func(k *bucket) error { return k.delete([]byte(key)) }); err != nil {

@@ -231,6 +231,20 @@ func (k *bucket) put(r Record) (uint64, error) {
 	return rev, k.k.Put(key, raw)
 }
 
+// set is put over whatever there is.
+func (k *bucket) set(r Record) error {
+	r.Rev = 0
+	if old := k.k.Get([]byte(r.Key)); old != nil {
+		have, err := decode([]byte(r.Key), old)
+		if err != nil {
+			return err
+		}
+		r.Rev = have.Rev
+	}
+	_, err := k.put(r)
+	return err
+}
+
 func (k *bucket) delete(key []byte) error {
 	old := k.k.Get(key)
 	if old == nil {
