@@ -228,6 +228,11 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 			return netip.Addr{}, false
 		}
 	}
+	if _, reserved := p.keeper(r.want); r.kind == kindGateway && r.want.IsValid() && reserved {
+		if _, taken := p.taken[r.want]; !taken {
+			return netip.Addr{}, false // a container is to have it
+		}
+	}
 	if r.kind != kindGateway {
 		m.expire(p)
 		a := p.names[r.name]
