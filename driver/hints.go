@@ -22,7 +22,7 @@ var elsewhere = map[string]string{
 }
 
 // addressOptions are those of the IPAM half.
-var addressOptions = []string{"dhcp", "space", "quarantine", "keep", "reserve", "client_id", "vendor_class", "hostname", "register_dns", "dhcp_timeout"}
+var addressOptions = []string{"dhcp", "space", "quarantine", "keep", "reserve", "client_id", "vendor_class", "hostname", "register_dns", "dhcp_timeout", "dhcp_fallback"}
 
 // pluginSettings are given to the plugin, not to a network.
 var pluginSettings = []string{"log_level", "pools", "scope", "peers", "secret", "underlay", "grace", "history", "gossip_port",

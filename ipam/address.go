@@ -21,7 +21,9 @@ type addressRequest struct {
 	kind kind
 	name string     // what the address is to be kept for; "" for nothing
 	had  netip.Addr // what was kept for the name until now
-	who  string     // the container's whole name, for the history; "" if it is not known
+	// avoid is an address that a station of the LAN was found to have.
+	avoid netip.Addr
+	who   string // the container's whole name, for the history; "" if it is not known
 	// far says which other host has an address; nil: none.
 	far func(netip.Addr) (host string, ok bool)
 }
@@ -64,6 +66,7 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 		if r.want.IsValid() || reserved || ctx.Err() != nil {
 			return netip.Prefix{}, err
 		}
+		r.avoid = a.Addr()
 		if r.id.dhcp() == "" { // else the server has been told
 			r.name = ""
 		}
@@ -95,7 +98,7 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 		var a netip.Addr
 		r, again := r, false
 		if p.dhcp() != "" && (r.kind != kindGateway || !r.want.IsValid()) {
-			leased, err := i.lease(ctx, p, r)
+			leased, err := i.leaseOr(ctx, p, r)
 			if errors.Is(err, errPoolGone) {
 				continue
 			}

@@ -152,6 +152,9 @@ type pool struct {
 	counts leaseCounts
 	// declined is when addresses were offered that a station of the LAN has.
 	declined map[netip.Addr]time.Time
+	// silent is why the server did not answer at silentAt, see leaseOr.
+	silent   error
+	silentAt time.Time
 	asks     chan struct{} // holds a token for each lease that is being extended
 	// unconfirmed: this host's swarm allocator has not named the pool since it
 	// began. Then and later, stale has the addresses that it has not named.

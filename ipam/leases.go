@@ -145,6 +145,9 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 			return poolID{}, netip.Prefix{}, err
 		}
 	}
+	if err := r.opts.checkFallback(r.poolKey); err != nil {
+		return poolID{}, netip.Prefix{}, err
+	}
 	if given && r.sub.IsValid() {
 		return poolID{}, netip.Prefix{}, fmt.Errorf("ipam option dhcp=%s: the server chooses addresses: leave --ip-range out", link)
 	}
@@ -897,7 +900,7 @@ func (i *IPAM) squat(id poolID, a netip.Addr) {
 	if l := p.leased[a]; l != nil {
 		l.squatted, p.declined[a] = true, i.now()
 	}
-	if p.dhcp() == "" && !p.reserved(a) && p.byAddr[a] == nil {
+	if p.leased[a] == nil && !p.reserved(a) && p.byAddr[a] == nil {
 		p.restIn(&p.quarantined, release{a, i.now()})
 	}
 }

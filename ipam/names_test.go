@@ -555,7 +555,7 @@ func FuzzOptions(f *testing.F) {
 		{"reserve.web", "10.0.0.5", "keep", "24h", "10.0.0.0/24"}, {"reserve.web", "fd00::5, 10.0.0.5,02:00:00:00:00:05", "quarantine", "0", "fd00::/64"},
 		{"reserve.a", "10.0.0.5", "reserve.b", "10.0.0.5", "10.0.0.0/24"}, {"dhcp", "eth0.7", "reserve.x", "10.0.0.255", "10.0.0.0/24"},
 		{"space", "blue", "", "", "10.0.0.0/24"}, {"reserve.w", "10.0.0.5,02-00-00-00-00-05,", "keep", "1h1m", ""}, {"reserve.w", "fe80::1%eth0", "dhcp", "a:1", "fe80::/64"},
-		{"client_id.web", "01:02:42", "dhcp", "a", ""}, {"hostname", "none", "dhcp", "a", "10.0.0.0/24"}, {"client_id.a.b", "0x0g", "dhcp", "a", ""},
+		{"client_id.web", "01:02:42", "dhcp", "a", ""}, {"hostname", "none", "dhcp", "a", "10.0.0.0/24"}, {"dhcp_fallback", "10.0.0.16/28, fd00::/120", "dhcp", "a", "10.0.0.0/24"}, {"client_id.a.b", "0x0g", "dhcp", "a", ""},
 		{"vendor_class", "x y", "dhcp", "a", ""}, {"register_dns.w", "true", "dhcp_timeout", "1500ms", ""},
 		{"reserve./x", "::ffff:10.0.0.5", "keep", "-1ns", "::/0"}, {"reserve.w", "0200.0000.0005,10.0.0.0", "quarantine", "9999999h", "10.0.0.0/31"},
 	} {

@@ -38,6 +38,7 @@ type poolOptions struct {
 	keep     time.Duration
 	reserved map[string]reservation // by name
 	told     map[string]telling     // by name; "" is for all containers
+	fallback []netip.Prefix         // where addresses come from while no DHCP server answers
 	raw      map[string]string      // as it goes into the record, without space
 }
 
@@ -78,6 +79,8 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 			o.quarantine, err = parseTime(v)
 		case k == "keep":
 			o.keep, err = parseTime(v)
+		case k == fallbackKey:
+			err = o.setFallback(v)
 		case reserve:
 			err = o.reserve(name, v, prefix)
 		case strings.HasPrefix(k, "com.docker.network.") || k == plugin.OptionRequestAddressType:
@@ -108,7 +111,7 @@ func parseOptions(all map[string]string, prefix netip.Prefix) (poolOptions, erro
 }
 
 func unknownOption(key string) error {
-	words := append([]string{"space", "dhcp", "quarantine", "keep"}, tellingKeys...)
+	words := append([]string{"space", "dhcp", "quarantine", "keep", fallbackKey}, tellingKeys...)
 	valid := append(slices.Clone(words), reserveOption+"NAME")
 	word, _, _ := strings.Cut(key, ".")
 	near := plugin.Nearest(word, append(words, "reserve"))

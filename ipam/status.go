@@ -176,6 +176,10 @@ func (p *pool) nameStatus() []NameStatus {
 // warning tells of a pool that is nearly full; p.mu is held.
 func (p *pool) warning() string {
 	size := p.size()
+	if n := p.unleased(); n > 0 {
+		return fmt.Sprintf("pool %s: %d addresses are of dhcp_fallback, because no DHCP server answered on %s when they were asked for: make the containers again when it is back",
+			p.prefix, n, p.dhcp())
+	}
 	if p.dhcp() != "" { // how many there are is the server's business
 		return ""
 	}

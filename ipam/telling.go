@@ -179,11 +179,11 @@ func (o *poolOptions) tell(key, value string) (bool, error) {
 
 // needsDHCP refuses a telling where there is no server.
 func (o *poolOptions) needsDHCP() error {
-	if o.dhcp != "" || len(o.told) == 0 {
+	if o.dhcp != "" {
 		return nil
 	}
 	for _, k := range slices.Sorted(maps.Keys(o.raw)) {
-		if word, _, _ := strings.Cut(k, "."); slices.Contains(tellingKeys, word) {
+		if word, _, _ := strings.Cut(k, "."); slices.Contains(tellingKeys, word) || k == fallbackKey {
 			return fmt.Errorf("ipam option %s is for a DHCP server: add dhcp=INTERFACE, or leave it out", clip(k))
 		}
 	}

@@ -99,6 +99,28 @@ func told(t *testing.T, k dhcptest.Kind) {
 	l.contains("an address that is not leased", refusal, "there is no DHCP server to tell, as none has leased 10.77.0.99")
 }
 
+// TestDHCPFallback: while no server answers, containers start with addresses of the
+// range that is named for it, which no station of the LAN has.
+func TestDHCPFallback(t *testing.T) {
+	l := newLAN(t)
+	l.router.Exec("ip", "address", "add", "10.77.0.240/24", "dev", "eth0")
+	l.start()
+	id, subnet, _ := l.pool("10.77.0.0/24", `"dhcp":"lan0","dhcp_timeout":"1s","dhcp_fallback":"10.77.0.240/29"`)
+	l.network(subnet, "10.77.0.1/24")
+	web := l.request(id, "", "web")
+	l.want("the first one", web, "10.77.0.241/24")
+	begin := time.Now()
+	l.want("the next one", l.request(id, "", "db"), "10.77.0.242/24")
+	if took := time.Since(begin); took > 900*time.Millisecond {
+		t.Errorf("waited %v for a server that has just been silent", took)
+	}
+	_, refusal := l.endpoint(1, web, "")
+	l.want("its endpoint", refusal, "")
+	for _, p := range l.status(t).Pools {
+		l.contains("status", p.Warning, "2 addresses are of dhcp_fallback, because no DHCP server answered on lan0")
+	}
+}
+
 // TestPatience: a container does not wait longer for a server than its network says.
 func TestPatience(t *testing.T) {
 	l := newLAN(t)
