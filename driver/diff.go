@@ -57,6 +57,14 @@ func (d *Driver) wanted() []wanted {
 	return list
 }
 
+// forwards reports for which families a container needs forwarding.
+func (d *Driver) forwards() (v4, v6 bool) {
+	for _, w := range d.wanted() {
+		v4, v6 = v4 || w.state.Forward4, v6 || w.state.Forward6
+	}
+	return v4, v6
+}
+
 func (w wanted) rank() int {
 	if w.e == nil {
 		return 0

@@ -32,6 +32,8 @@ type kernel interface {
 	Remove(ctx context.Context, s datapath.State) error
 	Owned(ctx context.Context) (datapath.State, error)
 	Reserve(ctx context.Context, r datapath.PortRequest) (uint16, error)
+	LiftGuard(ctx context.Context, needed func() (v4, v6 bool)) error
+	Guarded() (v4, v6 bool)
 }
 
 // host is what the driver asks of the host's network.

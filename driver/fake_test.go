@@ -101,6 +101,8 @@ type fakeKernel struct {
 	sockets    map[datapath.Socket]datapath.Socket // by key; the zero To is a reservation
 	forward4   bool
 	forward6   bool
+	guard4     bool // for the containers of which families the last pass had a guard
+	guard6     bool
 	hook       bool
 
 	foreign map[string]bool         // bridges of others
@@ -462,6 +464,21 @@ func (k *fakeKernel) owned() datapath.State {
 
 func compareText(a, b fmt.Stringer) int {
 	return slices.Compare([]string{a.String()}, []string{b.String()})
+}
+
+// LiftGuard notes what is needed: the guard itself is tested with the kernel.
+func (k *fakeKernel) LiftGuard(_ context.Context, needed func() (v4, v6 bool)) error {
+	v4, v6 := needed()
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.guard4, k.guard6 = v4, v6
+	return nil
+}
+
+func (k *fakeKernel) Guarded() (v4, v6 bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return k.guard4, k.guard6
 }
 
 func (k *fakeKernel) Reserve(ctx context.Context, r datapath.PortRequest) (uint16, error) {

@@ -171,7 +171,7 @@ func (d *Driver) reconcile(ctx context.Context, starting bool) ([]string, error)
 	if err == nil && !idle {
 		err = p.repair(ctx)
 	}
-	err = join(err, p.bridges(ctx))
+	err = join(err, p.bridges(ctx), d.kernel.LiftGuard(ctx, d.forwards))
 	verb, log := "repaired", d.log.Warn
 	if starting {
 		verb, log = "restored", d.log.Info

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -389,4 +390,25 @@ func TestRunDamaged(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Error(err)
 	}
+}
+
+// TestGuardIsLifted: the host keeps others' packets back for as long as a container
+// of the family needs forwarding.
+func TestGuardIsLifted(t *testing.T) {
+	r := newRig(t)
+	r.must("CreateNetwork", createDual(""))
+	r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
+	r.must("CreateEndpoint", createEndpoint(net1, ep2, "10.1.0.3/24", "fd00:1::3/64"))
+	want := func(when string, want ...string) {
+		t.Helper()
+		r.reconcile()
+		if s, err := r.d.Status(t.Context()); err != nil || !slices.Equal(s.Guard, want) {
+			t.Errorf("%s: guards %q, %v, want %q", when, s.Guard, err, want)
+		}
+	}
+	want("both", "ipv4", "ipv6")
+	r.must("DeleteEndpoint", ids(net1, ep2))
+	want("IPv4 alone", "ipv4")
+	r.must("DeleteEndpoint", ids(net1, ep1))
+	want("none")
 }

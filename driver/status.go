@@ -17,6 +17,9 @@ type Status struct {
 	Networks  []NetworkStatus  `json:"networks"`
 	Endpoints []EndpointStatus `json:"endpoints"`
 	Drift     Drift            `json:"drift"`
+	// Guard has the families, ipv4 and ipv6, in which the host forwards for containers
+	// alone: weft switched forwarding on.
+	Guard []string `json:"guard"`
 	// Unclaimed are objects of ours in the kernel that no record names, each as
 	// somebody would type it. They are left as they are.
 	Unclaimed []string `json:"unclaimed"`
@@ -124,7 +127,14 @@ func (d *Driver) hasAccess(id string) bool {
 
 // tables is what the driver knows by itself.
 func (d *Driver) tables() Status {
-	s := Status{Networks: []NetworkStatus{}, Endpoints: []EndpointStatus{}, Unclaimed: []string{}}
+	s := Status{Networks: []NetworkStatus{}, Endpoints: []EndpointStatus{}, Unclaimed: []string{}, Guard: []string{}}
+	v4, v6 := d.kernel.Guarded()
+	if v4 {
+		s.Guard = append(s.Guard, "ipv4")
+	}
+	if v6 {
+		s.Guard = append(s.Guard, "ipv6")
+	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	if text := strings.TrimSpace(d.unowned.String()); text != "" {

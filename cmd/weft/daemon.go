@@ -178,7 +178,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if err := ownMachine(ctx, p.weft, datapath.Machine(), log); err != nil {
 		return p, err
 	}
-	if p.kernel, err = datapath.New(datapath.Config{Instance: s.instance, Log: log}); err != nil {
+	if p.kernel, err = datapath.New(datapath.Config{Instance: s.instance, Unguarded: s.guard == "off", Log: log}); err != nil {
 		return p, err
 	}
 	if s.store.Endpoints != "" {

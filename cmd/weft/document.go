@@ -368,6 +368,9 @@ func (d document) drift() string {
 	} else {
 		fmt.Fprintf(&b, "the kernel was compared with the records %s ago\n", d.ago(d.Drift.Checked))
 	}
+	if len(d.Guard) > 0 {
+		fmt.Fprintf(&b, "weft switched %s forwarding on: the host forwards for containers alone (FORWARD_GUARD=off: for everybody)\n", strings.Join(d.Guard, " and "))
+	}
 	if len(d.Unclaimed) > 0 {
 		b.WriteString("in the kernel and in no record, left as it is (`weft network forget unclaimed` removes it):\n")
 		for _, l := range d.Unclaimed {

@@ -34,6 +34,7 @@ func (p program) serve(ctx context.Context, args []string) error {
 	fs.StringVar(&s.grace, "grace", p.env("GRACE"), "how long what leads to a silent host stays (GRACE; default 10m)")
 	fs.StringVar(&s.history, "history", p.env("HISTORY"), "how long weft address history knows who had an address; 0: not at all (HISTORY; default 720h)")
 	fs.StringVar(&s.gossipPort, "gossip-port", p.env("GOSSIP_PORT"), "port, TCP and UDP, on which hosts tell each other what they have (GOSSIP_PORT; default 7947, with SCOPE=global 7948)")
+	fs.StringVar(&s.guard, "forward-guard", p.env("FORWARD_GUARD"), "off: where weft switches forwarding on, the host forwards for others than containers too (FORWARD_GUARD; default on)")
 	fs.StringVar(&s.store.Endpoints, "store", p.env("STORE"), "etcd://host:2379,... puts what hosts share into etcd, etcds:// with TLS (STORE; default: files of this host, and PEERS)")
 	fs.StringVar(&s.store.CA, "store-ca", p.env("STORE_CA"), "file with the certificates that etcd's is checked against (STORE_CA)")
 	fs.StringVar(&s.store.Cert, "store-cert", p.env("STORE_CERT"), "file with this host's certificate for etcd (STORE_CERT)")

@@ -18,10 +18,10 @@ import (
 
 // settings are what `weft serve` can be told.
 type settings struct {
-	logLevel, pools, scope, instance                    string
-	peers, secret, underlay, grace, gossipPort, history string
-	store                                               store.EtcdConfig // none without Endpoints
-	state, socket                                       string
+	logLevel, pools, scope, instance                           string
+	peers, secret, underlay, grace, gossipPort, history, guard string
+	store                                                      store.EtcdConfig // none without Endpoints
+	state, socket                                              string
 }
 
 // complete fills in what follows from others. A managed plugin is told its paths:
@@ -80,6 +80,9 @@ func (s settings) check() error {
 	note("HISTORY", s.history, err)
 	_, err = s.port()
 	note("GOSSIP_PORT", s.gossipPort, err)
+	if s.guard != "" && s.guard != "on" && s.guard != "off" {
+		note("FORWARD_GUARD", s.guard, errors.New("choose on or off"))
+	}
 	if s.store.Endpoints != "" {
 		note("STORE", s.store.Endpoints, s.store.Check())
 	} else if s.store.CA+s.store.Cert+s.store.Key+s.store.User+s.store.Password != "" {

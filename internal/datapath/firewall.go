@@ -174,25 +174,29 @@ func (f *firewall) owned(ctx context.Context) ([]Element, error) {
 	}
 	var els []Element
 	for e := range f.have {
-		if e.Set != setGuard && e.Set != setUplinks {
+		if e.Set != setGuard && e.Set != setLifted && e.Set != setUplinks {
 			els = append(els, e)
 		}
 	}
 	return els, nil
 }
 
-// setGuard says for which families packets that concern no container are not
-// forwarded.
-func (f *firewall) setGuard(ctx context.Context, v4, v6 bool) error {
+// setFamilies has a set hold the families given.
+func (f *firewall) setFamilies(ctx context.Context, set Set, v4, v6 bool) error {
 	var add []Element
 	if v4 {
-		add = append(add, Element{Set: setGuard, Net: netip.PrefixFrom(netip.IPv4Unspecified(), 0)})
+		add = append(add, Element{Set: set, Net: all4})
 	}
 	if v6 {
-		add = append(add, Element{Set: setGuard, Net: netip.PrefixFrom(netip.IPv6Unspecified(), 0)})
+		add = append(add, Element{Set: set, Net: all6})
 	}
-	return f.replace(ctx, setGuard, add)
+	return f.replace(ctx, set, add)
 }
+
+var (
+	all4 = netip.PrefixFrom(netip.IPv4Unspecified(), 0)
+	all6 = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+)
 
 // setUplinks names the bridges that are the host's own way out, which are
 // not taken for somebody's container network.
@@ -435,16 +439,9 @@ func deadline(ctx context.Context) time.Time {
 	return limit
 }
 
-// guarded reports for which families the guard is set, by us or by the process
-// before us.
-func (f *firewall) guarded() (v4, v6 bool) {
+// families reports which ones a set has, by us or by the process before us.
+func (f *firewall) families(set Set) (v4, v6 bool) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	for e := range f.have {
-		if e.Set == setGuard {
-			v4 = v4 || e.Net.Addr().Is4()
-			v6 = v6 || e.Net.Addr().Is6()
-		}
-	}
-	return v4, v6
+	return f.have[Element{Set: set, Net: all4}], f.have[Element{Set: set, Net: all6}]
 }

@@ -207,7 +207,7 @@ func TestFirewallRepair(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			ns := netnstest.Enter(t)
 			f := openFirewall(t)
-			if err := f.setGuard(t.Context(), true, false); err != nil {
+			if err := f.setFamilies(t.Context(), setGuard, true, false); err != nil {
 				t.Fatal(err)
 			}
 			if err := f.setUplinks(t.Context(), []string{"br0"}); err != nil {
@@ -410,6 +410,7 @@ func TestFirewallListing(t *testing.T) {
 		"snat ip to ip saddr map @snat4",
 		"meta mark set meta mark | 0x10000000 accept",
 		"meta nfproto != @guard accept",
+		"meta nfproto @lifted accept",
 		"udp dport @tunnels goto tunnel",
 		"ip6 saddr . th dport @members6 notrack",
 		"ct state untracked accept",

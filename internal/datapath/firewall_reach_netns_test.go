@@ -1,6 +1,7 @@
 package datapath
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/netip"
@@ -223,19 +224,21 @@ func TestReachGuard(t *testing.T) {
 			uplink := append([]probe{{"out", "far:8080", ""}, {"u1", "out:8080", ""}, {"out", "u1:8080", ""}}, others...)
 			steps := []struct {
 				v4, v6 bool
+				lifted bool // IPv6
 				links  []string
 				want   [2][]probe
 			}{
-				{false, false, nil, [2][]probe{open, open}},
-				{true, false, nil, [2][]probe{closed, open}},
-				{true, true, []string{"br0"}, [2][]probe{uplink, uplink}},
-				{false, true, nil, [2][]probe{open, closed}},
+				{false, false, false, nil, [2][]probe{open, open}},
+				{true, false, false, nil, [2][]probe{closed, open}},
+				{true, true, false, []string{"br0"}, [2][]probe{uplink, uplink}},
+				{false, true, false, nil, [2][]probe{open, closed}},
+				{true, true, true, nil, [2][]probe{closed, open}},
 			}
 			if _, err := w.fw.add(t.Context(), w.elements()); err != nil {
 				t.Fatal(err)
 			}
 			for i, s := range steps {
-				if err := w.fw.setGuard(t.Context(), s.v4, s.v6); err != nil {
+				if err := errors.Join(w.fw.setFamilies(t.Context(), setGuard, s.v4, s.v6), w.fw.setFamilies(t.Context(), setLifted, false, s.lifted)); err != nil {
 					t.Fatal(err)
 				}
 				if err := w.fw.setUplinks(t.Context(), s.links); err != nil {

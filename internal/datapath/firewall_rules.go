@@ -304,6 +304,7 @@ func fromBridge() []rule {
 func guard() []rule {
 	return []rule{
 		in("guard", isNotIn("guard", nfproto), verdict(expr.VerdictAccept)),
+		in("guard", isIn("lifted", nfproto), verdict(expr.VerdictAccept)),
 		in("guard", allowed(), verdict(expr.VerdictAccept)),
 		in("guard", isBridge(metaIIFKind), isNotIn("uplinks", iif), verdict(expr.VerdictAccept)),
 		in("guard", isBridge(metaOIFKind), isNotIn("uplinks", oif), verdict(expr.VerdictAccept)),

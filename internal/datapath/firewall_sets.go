@@ -19,6 +19,7 @@ import (
 // Sets that the firewall keeps for itself; nobody asks for them in a State.
 const (
 	setGuard   Set = "guard"   // Net (0.0.0.0/0 or ::/0, the family): not forwarded for others
+	setLifted  Set = "lifted"  // Net (as in guard): forwarded for others all the same
 	setUplinks Set = "uplinks" // Link: bridges that are the host's own way out
 )
 
@@ -64,6 +65,7 @@ func setDefs() []setDef {
 		{set: SetTunnels, key: []field{fieldPort}},
 		{set: setUplinks, key: []field{fieldLink}},
 		{set: setGuard, key: []field{fieldFamily}},
+		{set: setLifted, key: []field{fieldFamily}},
 	}
 	for _, v6 := range []bool{false, true} {
 		defs = append(defs,
@@ -119,7 +121,7 @@ func (d setDef) name() string {
 // perFamily reports whether the set has a twin of the other family.
 func (d setDef) perFamily() bool {
 	switch d.set {
-	case SetBridges, SetPass, SetInternal, SetOwn, SetSwitched, SetTunnels, setUplinks, setGuard:
+	case SetBridges, SetPass, SetInternal, SetOwn, SetSwitched, SetTunnels, setUplinks, setGuard, setLifted:
 		return false
 	default:
 		return true
@@ -139,7 +141,7 @@ func (d setDef) lookup() lookup { return lookup{d.set, d.v6, d.any, d.ranged} }
 func lookupOf(e Element) lookup {
 	l := lookup{set: e.Set, ranged: e.More > 0}
 	switch {
-	case e.Set == setGuard: // one set for both families
+	case e.Set == setGuard, e.Set == setLifted: // one set for both families
 	case e.Net.IsValid():
 		l.v6 = e.Net.Addr().Is6()
 		l.any = (e.Set == SetPublished || e.Set == SetProxied) && e.Net.Bits() == 0 && e.More == 0

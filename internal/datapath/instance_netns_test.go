@@ -106,11 +106,11 @@ func TestReachInstances(t *testing.T) {
 	}
 	check()
 	for _, fw := range []*firewall{w.fw, other} { // each was first to be made once
-		if err := fw.setGuard(t.Context(), true, true); err != nil {
+		if err := fw.setFamilies(t.Context(), setGuard, true, true); err != nil {
 			t.Fatal(err)
 		}
 		check()
-		if err := fw.setGuard(t.Context(), false, false); err != nil {
+		if err := fw.setFamilies(t.Context(), setGuard, false, false); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -19,7 +19,9 @@ const undoTimeout = 10 * time.Second
 // Config is what a Kernel needs.
 type Config struct {
 	Instance string // empty means DefaultInstance
-	Log      logrus.FieldLogger
+	// Unguarded: where we switch forwarding on, the host forwards for others too.
+	Unguarded bool
+	Log       logrus.FieldLogger
 }
 
 // Kernel is the door to the kernel. Its methods may be called concurrently;
@@ -39,7 +41,9 @@ type Kernel struct {
 
 	damaged chan struct{} // capacity 1; see Watch
 
-	mu      sync.Mutex // held while forwarding is switched on or uplinks change
+	unguarded bool
+
+	mu      sync.Mutex // held while forwarding is switched on, or its guard or uplinks change
 	uplinks []string   // as the firewall knows them
 }
 
@@ -54,6 +58,7 @@ func New(c Config) (_ *Kernel, err error) {
 		return nil, err
 	}
 	k := &Kernel{
+		unguarded:  c.Unguarded,
 		log:        c.Log,
 		sysctl:     newSysctl(pluginSysctls),
 		sockets:    newSockets(c.Log),
@@ -203,8 +208,8 @@ func (k *Kernel) undo(ctx context.Context, d done) error {
 	if d.guard4 || d.guard6 {
 		k.mu.Lock()
 		defer k.mu.Unlock()
-		on4, on6 := k.firewall.guarded()
-		err = errors.Join(err, k.firewall.setGuard(ctx, on4 && !d.guard4, on6 && !d.guard6))
+		on4, on6 := k.firewall.families(setGuard)
+		err = errors.Join(err, k.firewall.setFamilies(ctx, setGuard, on4 && !d.guard4, on6 && !d.guard6))
 	}
 	return err
 }
@@ -334,63 +339,6 @@ func (k *Kernel) setUplinks(ctx context.Context, all []link) error {
 	}
 	k.uplinks = append([]string{}, names...) // not nil: known to be none
 	return nil
-}
-
-// ensureForwarding switches forwarding on where it is off. A host that did not
-// forward must not become a router for its neighbours, so the guard is there
-// first; where forwarding was on already that was somebody's wish.
-func (k *Kernel) ensureForwarding(ctx context.Context, want4, want6 bool, d *done) error {
-	if !want4 && !want6 {
-		return nil
-	}
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	turn4, err := k.off(want4, forward4)
-	if err != nil {
-		return err
-	}
-	turn6, err := k.off(want6, forward6)
-	if err != nil {
-		return err
-	}
-	if !turn4 && !turn6 {
-		return nil
-	}
-	if err := ctx.Err(); err != nil {
-		return fmt.Errorf("switch forwarding on: %w", err)
-	}
-	was4, was6 := k.firewall.guarded()
-	if err := k.firewall.setGuard(ctx, was4 || turn4, was6 || turn6); err != nil {
-		return fmt.Errorf("guard forwarding: %w", err)
-	}
-	d.guard4, d.guard6 = turn4 && !was4, turn6 && !was6
-	if turn4 {
-		if _, err := k.sysctl.set(forward4, "1"); err != nil {
-			return fmt.Errorf("switch IPv4 forwarding on: %w", err)
-		}
-		d.guard4 = false
-		d.say("sysctl net.ipv4.ip_forward=1")
-	}
-	if turn6 {
-		if err := k.sysctl.keepRouters(d); err != nil {
-			return fmt.Errorf("switch IPv6 forwarding on: %w", err)
-		}
-		if _, err := k.sysctl.set(forward6, "1"); err != nil {
-			return fmt.Errorf("switch IPv6 forwarding on: %w", err)
-		}
-		d.guard6 = false
-		d.say("sysctl net.ipv6.conf.all.forwarding=1")
-	}
-	return nil
-}
-
-// off reports whether a switch is wanted and off.
-func (k *Kernel) off(want bool, name string) (bool, error) {
-	if !want {
-		return false, nil
-	}
-	on, err := k.sysctl.on(name)
-	return !on && err == nil, err
 }
 
 // Remove deletes everything in s, in the reverse order of Ensure. What is

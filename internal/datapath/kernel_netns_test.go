@@ -465,11 +465,11 @@ func TestForwardingAndGuard(t *testing.T) {
 		sysctl -qw net.ipv4.ip_forward=0 net.ipv6.conf.all.forwarding=0
 		sysctl -qw net.ipv6.conf.lan.accept_ra=1 net.ipv6.conf.quiet.accept_ra=0 net.ipv6.conf.default.accept_ra=1`)
 	ensure(t, k, State{Forward4: true})
-	if v4, v6 := k.firewall.guarded(); !v4 || v6 {
+	if v4, v6 := k.Guarded(); !v4 || v6 {
 		t.Errorf("guards %t %t after switching IPv4 on", v4, v6)
 	}
 	ensure(t, k, State{Forward4: true, Forward6: true})
-	if v4, v6 := k.firewall.guarded(); !v4 || !v6 {
+	if v4, v6 := k.Guarded(); !v4 || !v6 {
 		t.Errorf("guards %t %t after switching both on", v4, v6)
 	}
 	if lines := ensure(t, k, State{Forward4: true, Forward6: true}); len(lines) != 0 {
@@ -484,6 +484,46 @@ func TestForwardingAndGuard(t *testing.T) {
 	}
 	remove(t, k, State{Forward4: true, Forward6: true})
 	same(t, k, State{Forward4: true, Forward6: true})
+	guards := func(when string, want4, want6 bool) {
+		t.Helper()
+		if v4, v6 := k.Guarded(); v4 != want4 || v6 != want6 {
+			t.Errorf("%s: guards %t %t", when, v4, v6)
+		}
+	}
+	lift := func(need4, need6 bool) {
+		t.Helper()
+		if err := k.LiftGuard(t.Context(), func() (bool, bool) { return need4, need6 }); err != nil {
+			t.Error(err)
+		}
+	}
+	lift(true, true)
+	guards("both needed", true, true)
+	lift(true, false)
+	guards("IPv6 not needed", true, false)
+	ensure(t, k, State{Forward4: true})
+	guards("an endpoint with IPv4", true, false)
+	host.Exec("nft", "flush", "ruleset") // what is lifted stays lifted
+	ensure(t, k, network())
+	guards("rebuilt", true, false)
+	ensure(t, k, State{Forward6: true})
+	guards("an endpoint with IPv6", true, true)
+	lift(false, false)
+	guards("none needed", false, false)
+}
+
+// TestUnguarded: whoever wants none has none, also where there was one.
+func TestUnguarded(t *testing.T) {
+	k, host := newKernel(t)
+	host.Exec("sysctl", "-qw", "net.ipv4.ip_forward=0", "net.ipv6.conf.all.forwarding=0")
+	ensure(t, k, State{Forward4: true})
+	k.unguarded = true
+	ensure(t, k, State{Forward4: true, Forward6: true})
+	if err := k.LiftGuard(t.Context(), func() (bool, bool) { return true, true }); err != nil {
+		t.Error(err)
+	}
+	if v4, v6 := k.Guarded(); v4 || v6 {
+		t.Errorf("guards %t %t", v4, v6)
+	}
 }
 
 func TestNoGuardWhereForwardingWasOn(t *testing.T) {
@@ -492,7 +532,7 @@ func TestNoGuardWhereForwardingWasOn(t *testing.T) {
 	if lines := ensure(t, k, State{Forward4: true, Forward6: true}); len(lines) != 0 {
 		t.Errorf("changed %q", lines)
 	}
-	if v4, v6 := k.firewall.guarded(); v4 || v6 {
+	if v4, v6 := k.Guarded(); v4 || v6 {
 		t.Errorf("guards %t %t on a host that is a router", v4, v6)
 	}
 }
