@@ -52,7 +52,8 @@ func TestRepair(t *testing.T) {
 		return nil
 	})
 	note("flushed table: rules back after %v", time.Since(flushed).Round(10*time.Millisecond))
-	damaged := time.Now() // a pass may come between what follows
+	damaged := time.Now().Truncate(time.Second).Add(time.Second) // the log knows whole seconds
+	time.Sleep(time.Until(damaged))                              // a pass may come between what follows
 	e.net(t, "nft", "flush", "table", "inet", "weft")
 	e.net(t, "ip", "link", "del", bridge)
 	e.net(t, "ip", "link", "set", port, "nomaster")
