@@ -25,7 +25,7 @@ import (
 
 // leaser asks the DHCP servers of a LAN.
 type leaser interface {
-	Offer(ctx context.Context, link string, s dhcp.Station) (dhcp.Lease, error)
+	Offer(ctx context.Context, link string, s dhcp.Station, six bool) (dhcp.Lease, error)
 	Acquire(ctx context.Context, link string, s dhcp.Station, want netip.Addr, within netip.Prefix) (dhcp.Lease, error)
 	AcquireAfter(ctx context.Context, link string, s dhcp.Station, want netip.Addr, within netip.Prefix, first func(dhcp.Lease) error) (dhcp.Lease, error)
 	Extend(ctx context.Context, link string, s dhcp.Station, l dhcp.Lease) (dhcp.Lease, error)
@@ -126,8 +126,8 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 	if r.space == GlobalSpace {
 		return poolID{}, netip.Prefix{}, fmt.Errorf("ipam option dhcp=%s: the leader of a swarm cannot ask a server for other hosts: make the network with --config-only on each node", link)
 	}
-	if r.bits != 0 || r.v6 && !given {
-		return poolID{}, netip.Prefix{}, fmt.Errorf("ipam option dhcp=%s: the server does not say how large an IPv6 subnet is: give it with --subnet", link)
+	if r.bits != 0 {
+		return poolID{}, netip.Prefix{}, fmt.Errorf("ipam option dhcp=%s: the subnet is that of the LAN: leave --subnet out, or give the whole", link)
 	}
 	release, err := i.change(ctx)
 	if err != nil {
@@ -137,6 +137,11 @@ func (i *IPAM) requestLeased(ctx context.Context, r poolRequest) (poolID, netip.
 	release() // others do not wait for a server that is silent
 	if err != nil {
 		return poolID{}, netip.Prefix{}, err
+	}
+	if r.v6 && !given {
+		if r.prefix, err = i.survey6(ctx, link, r.opts.tellingOf("")); err != nil {
+			return poolID{}, netip.Prefix{}, err
+		}
 	}
 	// DHCPv6 names no router: containers hear of it as other stations do.
 	router := noGateway(r.prefix)
@@ -189,7 +194,7 @@ func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix, all 
 	}
 	nobody := i.station(poolKey{space: dhcpSpace + link}, "", MAC{})
 	all.apply(&nobody, "")
-	l, err := i.dhcp.Offer(ctx, link, nobody)
+	l, err := i.dhcp.Offer(ctx, link, nobody, false)
 	if err != nil && given.IsValid() {
 		i.log.WithError(err).Warnf("subnet %s could not be compared with what the DHCP server on %s offers", given, link)
 		return given, netip.Prefix{}, nil
@@ -209,6 +214,43 @@ func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix, all 
 		router = netip.PrefixFrom(l.Router, subnet.Bits())
 	}
 	return subnet, router, nil
+}
+
+// lanBits is how large the IPv6 subnets of LANs are that a router advertises
+// (RFC 4862, 5.5.3; RFC 7421).
+const lanBits = 64
+
+// survey6 works out the IPv6 subnet of the LAN on a link: that of an address which the
+// server has to offer, as large as the host has it, or else as those of LANs are.
+// The engine compares a subnet that it was not given with the host's routes, and asks
+// for another for ever if it overlaps one: then somebody has to type it.
+func (i *IPAM) survey6(ctx context.Context, link string, all telling) (netip.Prefix, error) {
+	nobody := i.station(poolKey{space: dhcpSpace + link}, "", MAC{})
+	all.apply(&nobody, "")
+	l, err := i.dhcp.Offer(ctx, link, nobody, true)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("ipam option dhcp=%s, IPv6: %w: give the subnet with --subnet, or leave --ipv6 out", link, err)
+	}
+	a := l.Address.Addr()
+	host, err := i.host(ctx)
+	if err != nil {
+		return netip.Prefix{}, fmt.Errorf("look at the host's routes: %w", err)
+	}
+	subnet := netip.PrefixFrom(a, lanBits).Masked()
+	overlaps := false
+	for _, p := range host {
+		if p.Addr().Is4() || p.Bits() == 0 {
+			continue
+		}
+		if p.Contains(a) && p.Bits() < a.BitLen() && (!overlaps || p.Bits() > subnet.Bits()) {
+			subnet = p.Masked()
+		}
+		overlaps = overlaps || p.Overlaps(subnet)
+	}
+	if overlaps {
+		return netip.Prefix{}, fmt.Errorf("ipam option dhcp=%s: the server hands out %s, of a subnet that this host is in: give --subnet %s", link, a, subnet)
+	}
+	return subnet, validPool(subnet)
 }
 
 // loadDUID makes sure that this host has a DUID: made once. The caller holds

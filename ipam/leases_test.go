@@ -101,7 +101,7 @@ func (s *modelServer) Carrier(string) (uint32, bool) {
 	return s.carrier, s.carrier%2 == 0
 }
 
-func (s *modelServer) Offer(ctx context.Context, _ string, st dhcp.Station) (dhcp.Lease, error) {
+func (s *modelServer) Offer(ctx context.Context, _ string, st dhcp.Station, _ bool) (dhcp.Lease, error) {
 	if err := s.wait(ctx); err != nil {
 		return dhcp.Lease{}, err
 	}

@@ -145,7 +145,7 @@ func (i *IPAM) retake(ctx context.Context, p *pool, old, s dhcp.Station, lease d
 	if s.MAC == old.MAC {
 		what = "what the endpoint's options say of it"
 	}
-	offer, oerr := i.dhcp.Offer(ctx, link, s)
+	offer, oerr := i.dhcp.Offer(ctx, link, s, false)
 	if oerr != nil {
 		return got, fmt.Errorf("%s: %w", what, err)
 	}

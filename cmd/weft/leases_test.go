@@ -206,6 +206,19 @@ func TestLeasedDualStack(t *testing.T) {
 	_, refusal, _ := l.pool("", `"dhcp":"lan0","x":"y"`)
 	l.contains("an unknown option", refusal, `"x"`)
 	id4, _, _ := l.pool("", `"dhcp":"lan0"`)
+	learn := func() map[string]any {
+		_, m := l.call(t, "IpamDriver.RequestPool", `{"AddressSpace":"weft-local","Pool":"","SubPool":"","V6":true,"Options":{"dhcp":"lan0"}}`)
+		return m
+	}
+	m := learn()
+	l.want("subnet, learnt", fmt.Sprint(m["Pool"], m["Data"]), "fd77::/64map[com.docker.network.gateway:::/64]")
+	l.must(t, "IpamDriver.ReleasePool", fmt.Sprintf(`{"PoolID":%q}`, m["PoolID"]))
+	if granted := servers[1].Leases(); len(granted) > 0 {
+		t.Errorf("asking which subnet there is took %v", granted)
+	}
+	l.host.Exec("ip", "address", "add", "fd77::5/80", "dev", "lan0")
+	l.contains("the host's own subnet", fmt.Sprint(learn()["Error"]), "of a subnet that this host is in: give --subnet fd77::/80")
+	l.host.Exec("ip", "address", "del", "fd77::5/80", "dev", "lan0")
 	id6, pool6, none := l.pool("fd77::/64", `"dhcp":"lan0"`)
 	l.want("subnet", pool6, "fd77::/64")
 	l.want("gateway, which engines up to 27 else ask for", none, "::/64")
@@ -215,7 +228,7 @@ func TestLeasedDualStack(t *testing.T) {
 	if !strings.HasPrefix(a4, "10.77.0.") || !strings.HasPrefix(a6, "fd77::1") {
 		t.Fatalf("%s and %s", a4, a6)
 	}
-	m := l.must(t, "NetworkDriver.CreateEndpoint", fmt.Sprintf(`{"NetworkID":%q,"EndpointID":%q,"Interface":{"Address":%q,"AddressIPv6":%q},"Options":{}}`, netID, epID, a4, a6))
+	m = l.must(t, "NetworkDriver.CreateEndpoint", fmt.Sprintf(`{"NetworkID":%q,"EndpointID":%q,"Interface":{"Address":%q,"AddressIPv6":%q},"Options":{}}`, netID, epID, a4, a6))
 	mac := m["Interface"].(map[string]any)["MacAddress"]
 	six := func() (s ipam.DHCPStatus) {
 		for _, p := range l.status(t).Pools {

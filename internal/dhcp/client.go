@@ -112,10 +112,14 @@ type Client struct {
 }
 
 // Offer asks what a server would grant, and takes nothing: which subnet, router
-// and options a LAN has. IPv4 only; DHCPv6 would tell no mask. Errors are as with
-// Acquire.
-func (c *Client) Offer(ctx context.Context, link string, s Station) (Lease, error) {
-	x, err := c.open(ctx, link, s, netip.Prefix{}, false)
+// and options a LAN has. DHCPv6 (six) tells neither mask nor router: the address has
+// 0 bits then. Errors are as with Acquire.
+func (c *Client) Offer(ctx context.Context, link string, s Station, six bool) (Lease, error) {
+	var within netip.Prefix
+	if six {
+		within = netip.PrefixFrom(netip.IPv6Unspecified(), 0)
+	}
+	x, err := c.open(ctx, link, s, within, false)
 	if err != nil {
 		return Lease{}, err
 	}

@@ -54,7 +54,7 @@ func TestLateCarrier(t *testing.T) {
 	router.Exec("ip", "link", "set", "eth0", "down")
 	host.Exec("ip", "link", "set", "lan0", "down")
 	start := time.Now()
-	if _, err := new(Client).Offer(t.Context(), "lan0", station(1)); err == nil || time.Since(start) > time.Second {
+	if _, err := new(Client).Offer(t.Context(), "lan0", station(1), false); err == nil || time.Since(start) > time.Second {
 		t.Errorf("what there is on a link that is down, after %s: %v", time.Since(start), err)
 	}
 	done := make(chan Lease, 1)
@@ -116,7 +116,7 @@ func TestUnusableStations(t *testing.T) {
 	} {
 		s := station(1)
 		change(&s)
-		if _, err := new(Client).Offer(t.Context(), "lan0", s); err == nil || !strings.Contains(err.Error(), want) {
+		if _, err := new(Client).Offer(t.Context(), "lan0", s, false); err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%v: %v; want %q", s, err, want)
 		}
 	}

@@ -340,13 +340,13 @@ func TestCallerLosesInterest(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	time.AfterFunc(50*time.Millisecond, cancel)
 	start := time.Now()
-	_, err := new(Client).Offer(ctx, "lan0", station(1))
+	_, err := new(Client).Offer(ctx, "lan0", station(1), false)
 	if d := time.Since(start); !errors.Is(err, context.Canceled) || d > time.Second {
 		t.Errorf("after %s: %v", d, err)
 	}
 	ctx, cancel = context.WithTimeout(t.Context(), 50*time.Millisecond)
 	defer cancel()
-	if _, err := new(Client).Offer(ctx, "lan0", station(1)); !errors.Is(err, ErrSilent) {
+	if _, err := new(Client).Offer(ctx, "lan0", station(1), false); !errors.Is(err, ErrSilent) {
 		t.Errorf("at the caller's deadline: %v", err)
 	}
 }

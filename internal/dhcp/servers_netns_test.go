@@ -113,7 +113,7 @@ func afterRestart(t *testing.T, l Lease) (out Lease) {
 
 func TestAcquireDecodesEveryOption(t *testing.T) {
 	onEach(t, config4, func(n *lan) {
-		offer, err := new(Client).Offer(n.Context(), "lan0", station(1))
+		offer, err := new(Client).Offer(n.Context(), "lan0", station(1), false)
 		if err != nil {
 			n.Fatal(err)
 		}
