@@ -122,6 +122,9 @@ func (b Parent) Network(n Network) datapath.State {
 	}
 	s.Children = []datapath.Child{own}
 	s.Elements = []datapath.Element{{Set: datapath.SetOwn, Link: own.Name}}
+	if n.Internal { // by the host too it leads to the host alone
+		s.Elements = append(s.Elements, datapath.Element{Set: datapath.SetInternal, Link: own.Name})
+	}
 	s.Hook = true
 	return s
 }
