@@ -80,6 +80,9 @@ func leaseOnHostsLAN(t *testing.T, e *engine) {
 func leaseElsewhere(t *testing.T, e *engine) {
 	t.Helper()
 	s := e.lan.dhcpHome(t)
+	s.stop()
+	s.args = append(s.args, "--dhcp-option=26,1400", "--dhcp-option=121,10.80.0.0/12,192.168.178.2,203.0.113.0/25,192.168.178.2,0.0.0.0/0,"+home4)
+	s.start(t)
 	e.leaseNetwork(t, "lan", "lan0", onMacvlan...)
 	if have := e.must(t, "network", "inspect", "-f", "{{range .IPAM.Config}}{{.Subnet}} {{.Gateway}}{{end}}", "lan"); have != homeNet+" "+home4+"/24" && have != homeNet+" "+home4 {
 		t.Errorf("the engine knows the network as %q", have)
@@ -87,8 +90,33 @@ func leaseElsewhere(t *testing.T, e *engine) {
 	if p := e.leased(t, s, "alpha", "lan"); !strings.HasPrefix(p.IPAddress, "192.168.178.") || p.Gateway != home4 {
 		t.Errorf("%+v", p)
 	}
+	// The server's routes and MTU are the container's, and keep it off no network.
+	e.must(t, "network", "create", "-d", ours, "--subnet", "203.0.113.0/24", "inner")
+	e.must(t, "rm", "-f", "alpha")
+	e.run(t, "alpha", "--network", "inner")
+	e.must(t, "network", "connect", "--driver-opt", "hostname=door", "--driver-opt", "client_id=0x0a0b0c", "lan", "alpha")
+	said := ""
+	for _, args := range [][]string{{"/bin/ip", "route"}, {"/bin/ip", "link"}} {
+		c, err := e.in("alpha", args...)
+		if err != nil {
+			t.Fatal(err)
+		}
+		out, err := output(c)
+		if err != nil {
+			t.Error(err)
+		}
+		said += out
+	}
+	if !strings.Contains(said, "10.80.0.0/12 via 192.168.178.2 ") || !strings.Contains(said, "mtu 1400 ") || strings.Contains(said, "203.0.113.0/25") {
+		t.Errorf("in the container:\n%s", said)
+	}
+	if log := s.log(t); !strings.Contains(log, "client provides name: door") {
+		t.Error("the endpoint's options did not reach the server")
+	}
+	s.has(t, e.placeOf(t, "alpha", "lan").IPAddress)
 	e.must(t, "rm", "-f", "alpha")
 	s.has(t)
+	e.must(t, "network", "rm", "inner")
 }
 
 func leaseWanted(t *testing.T, e *engine) {

@@ -3,6 +3,7 @@ package dhcp
 import (
 	"bytes"
 	"encoding/json"
+	"strings"
 	"testing"
 
 	"github.com/insomniacslk/dhcp/dhcpv4"
@@ -63,5 +64,48 @@ func TestToldOptions(t *testing.T) {
 		if f := m.Options.FQDN(); f == nil || f.Flags != want {
 			t.Errorf("DHCPv6, register %t: %+v", s.Register, f)
 		}
+	}
+}
+
+// TestWhatAnybodySays: a server that says too much, or what would move the cursor of a
+// terminal, does not get it into records.
+func TestWhatAnybodySays(t *testing.T) {
+	d := &v4{station: station(1)}
+	question, err := dhcpv4.FromBytes(d.compose(discover, Lease{}, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := proper(question)
+	var routes, servers []byte
+	for i := range 400 {
+		routes = append(routes, 24, 100, byte(64+i/250), byte(i%250), 10, 77, 0, 1)
+		servers = append(servers, 9, 9, byte(i/250), byte(i%250+1))
+	}
+	m.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionClasslessStaticRoute, routes))
+	m.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionDomainNameServer, servers))
+	m.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionDomainName, []byte("lan\x1b[2J.\xff\n\x00example")))
+	search := []byte("\x07\x1b[2Jlan\x00\x03a b\x00\x01x\xc0\x00") // an escape, a space, a pointer
+	for range 100 {
+		search = append(search, "\x03lan\x00"...)
+	}
+	m.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionDNSDomainSearchList, search))
+	a, err := d.read(m.ToBytes(), 24)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := a.lease
+	if len(l.Routes) != mostRoutes || l.MoreRoutes != 400-mostRoutes || len(l.DNS) != mostNames || len(l.Search) > mostNames || len(l.Search) == 0 {
+		t.Errorf("kept %d routes and %d more, %d name servers, domains %q", len(l.Routes), l.MoreRoutes, len(l.DNS), l.Search)
+	}
+	if l.Domain != "lan[2J.example" {
+		t.Errorf("domain %q", l.Domain)
+	}
+	for _, s := range l.Search {
+		if strings.ContainsFunc(s, func(r rune) bool { return r <= ' ' || r > '~' }) {
+			t.Errorf("domain to search %q", s)
+		}
+	}
+	if text, err := json.Marshal(l); err != nil || len(text) > 8<<10 {
+		t.Errorf("the record of the lease has %d bytes, %v", len(text), err)
 	}
 }
