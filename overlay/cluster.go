@@ -91,12 +91,15 @@ type Cluster struct {
 	underlay netip.Addr
 	blocked  Trouble   // why this host has no underlay
 	tight    []Trouble // networks whose MTU the underlay does not carry
-	join     Join
-	looking  sync.Mutex        // over looked
-	looked   map[string]lookup // peers' names
-	joining  sync.Mutex        // one change of join at a time; before mu
-	self     netip.Addr        // this node's data address, by the swarm
-	vnis     map[string]uint32 // of the swarm's networks, on its leader
+	// most is what the underlay carries in a tunnel, in bytes, and since when.
+	most      int
+	mostSince time.Time
+	join      Join
+	looking   sync.Mutex        // over looked
+	looked    map[string]lookup // peers' names
+	joining   sync.Mutex        // one change of join at a time; before mu
+	self      netip.Addr        // this node's data address, by the swarm
+	vnis      map[string]uint32 // of the swarm's networks, on its leader
 	// unconfirmed has those of vnis that the swarm's allocator on this node has not
 	// named since it began.
 	unconfirmed map[string]bool
@@ -392,7 +395,7 @@ func (c *Cluster) watchUnderlay(ctx context.Context, f follower) error {
 		case err == nil:
 			trouble = ""
 			c.block("")
-			c.fitUnderlay(ctx, f, u)
+			c.fitUnderlay(ctx, f, u, time.Now())
 			if u.Addr == last {
 				break
 			}

@@ -17,11 +17,23 @@ import (
 // underlay that was changed. It does not grow again by itself: whoever is silent may
 // still need it.
 
+// fitTime is for how long an underlay has one MTU before networks follow it: while a
+// host starts its cards may have another for some seconds, and what is lowered stays
+// low, on all hosts.
+const fitTime = time.Minute
+
 // fitUnderlay lowers the MTU of networks to what the underlay carries. One that was
 // asked for stays, and is told of.
-func (c *Cluster) fitUnderlay(ctx context.Context, f follower, u datapath.Underlay) {
+func (c *Cluster) fitUnderlay(ctx context.Context, f follower, u datapath.Underlay, now time.Time) {
 	most := u.MTU - overhead(u.Addr)
 	c.mu.Lock()
+	if c.most != most {
+		c.most, c.mostSince = most, now
+	}
+	if now.Sub(c.mostSince) < fitTime {
+		c.mu.Unlock()
+		return
+	}
 	var list []driver.Network
 	for _, n := range c.networks {
 		if n.rec.MTU > most {
@@ -34,7 +46,7 @@ func (c *Cluster) fitUnderlay(ctx context.Context, f follower, u datapath.Underl
 		if n.Options.MTU == 0 {
 			continue
 		}
-		t := Trouble{Peer: fmt.Sprintf("network with VNI %d", n.VNI), Since: time.Now().UTC(), Reason: fmt.Sprintf(
+		t := Trouble{Peer: fmt.Sprintf("network with VNI %d", n.VNI), Since: now.UTC(), Reason: fmt.Sprintf(
 			"mtu %d does not fit into the underlay any more: %s carries %d and the tunnel adds %d, at most %d", n.MTU, u.Link, u.MTU, overhead(u.Addr), most)}
 		if i := slices.IndexFunc(before, func(o Trouble) bool { return o.Peer == t.Peer }); i >= 0 {
 			t.Since = before[i].Since

@@ -3,6 +3,7 @@ package overlay
 import (
 	"slices"
 	"testing"
+	"time"
 )
 
 // TestMTUOfOthers: hosts that made a network before they heard of each other agree on
@@ -69,11 +70,21 @@ func TestMTUOfUnderlay(t *testing.T) {
 		b.c.Publish(n, nil)
 	}
 	own := func(vni uint32) int { p, _ := b.c.table.part("me", vni); return p.MTU }
+	now := time.Now()
 	look := func(mtu int) {
 		u := b.under
 		u.MTU = mtu
-		b.c.fitUnderlay(t.Context(), b, u)
+		b.c.fitUnderlay(t.Context(), b, u, now)
+		now = now.Add(fitTime - time.Millisecond)
+		b.c.fitUnderlay(t.Context(), b, u, now)
+		if mtu == 1280 {
+			return // for a moment
+		}
+		now = now.Add(time.Millisecond)
+		b.c.fitUnderlay(t.Context(), b, u, now)
 	}
+	look(1500)
+	look(1280)
 	look(1500)
 	if len(b.shrunk) > 0 || len(b.c.Status().Troubles) > 0 {
 		t.Errorf("lowered %q, troubles %+v", b.shrunk, b.c.Status().Troubles)
