@@ -19,5 +19,6 @@
 // without their plugin, so what leads to them stays for the grace time.
 //
 // Locking: Table has one mutex and calls nothing while it holds it. Etcd has one
-// that it holds while it calls the Table, never while it waits for the store.
+// that it holds while it calls the Table, never while it waits for the store. What is
+// known of the tunnels has its own, and nothing is called while that is held.
 package overlay
