@@ -224,7 +224,25 @@ func TestOverlayData(t *testing.T) {
 	t.Run("mtu", func(t *testing.T) { all[:2].mtus(t, 50) })
 	t.Run("repair", func(t *testing.T) { all.repair(t, list) })
 	all.agree(t, "blue")
+	all.answered(t)
 	all.end(t)
+}
+
+// answered is every host's status saying that what it sends through the tunnels arrives.
+func (all members) answered(t *testing.T) {
+	t.Helper()
+	for _, e := range all {
+		eventually(t, 30*time.Second, "all answer "+e.name+" through the tunnels", func() error {
+			out, err := e.peers(t)
+			if err != nil {
+				return err
+			}
+			if n := strings.Count(out, "answered ") - strings.Count(out, "answered 0"); n != len(all)-1 || strings.Contains(out, "packets do not arrive") {
+				return fmt.Errorf("%d hosts answer:\n%s", n, out)
+			}
+			return nil
+		})
+	}
 }
 
 // end removes everything and looks that nothing is left.
