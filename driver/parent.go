@@ -149,7 +149,7 @@ func (n Network) hop(f family) netip.Addr {
 // Endpoint implements Backend.
 func (b Parent) Endpoint(n Network, e Endpoint) datapath.State {
 	c := b.child(n, peerEnd(e.ID), e.MAC)
-	c.MTU = cmp.Or(e.MTU, n.MTU)
+	c.MTU = cmp.Or(e.MTU, c.MTU)
 	s := datapath.State{Children: []datapath.Child{c}}
 	if !e.Reach {
 		return s
