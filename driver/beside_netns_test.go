@@ -1,6 +1,8 @@
 package driver
 
 import (
+	"errors"
+	"io"
 	"net"
 	"net/netip"
 	"strings"
@@ -8,6 +10,7 @@ import (
 	"time"
 
 	wire "github.com/docker/go-plugins-helpers/network"
+	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/internal/netnstest"
 	"github.com/weftnet/weft/internal/plugin"
@@ -26,47 +29,92 @@ func TestLANClientOfAContainerBeside(t *testing.T) {
 	}
 }
 
-func besideLAN(t *testing.T, lanFirst bool) {
+// lanHost is a host with a card on a LAN, a client there, and a container.
+type lanHost struct {
+	*machine
+	container, client *netnstest.NS
+}
+
+// newLANHost makes net1, a bridge, and net2, which is on the LAN.
+func newLANHost(t *testing.T, onLAN map[string]any) lanHost {
+	t.Helper()
 	netnstest.Enter(t)
-	container, client := netnstest.New(t), netnstest.New(t)
+	h := lanHost{container: netnstest.New(t), client: netnstest.New(t)}
 	self(t, "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
-	self(t, "addr", "add", "10.9.0.10/24", "dev", "lan0")
-	self(t, "addr", "add", "fd00:9::10/64", "dev", "lan0", "nodad")
-	self(t, "link", "set", "lan0", "up")
-	client.Take("lan1", "eth0", netip.MustParsePrefix("10.9.0.50/24"), netip.MustParsePrefix("fd00:9::50/64"))
-	h, ctx := newHost(t), t.Context()
+	card := "lan0"
+	if br, ok := onLAN["bridge"].(string); ok {
+		card = br
+		self(t, "link", "add", br, "type", "bridge")
+		self(t, "link", "set", "lan0", "master", br, "up")
+	}
+	self(t, "addr", "add", "10.9.0.10/24", "dev", card)
+	self(t, "addr", "add", "fd00:9::10/64", "dev", card, "nodad")
+	self(t, "link", "set", card, "up")
+	h.client.Take("lan1", "eth0", netip.MustParsePrefix("10.9.0.50/24"), netip.MustParsePrefix("fd00:9::50/64"))
+	h.machine = newHost(t)
 	for _, c := range []wire.CreateNetworkRequest{
 		{NetworkID: net1, Options: map[string]any{plugin.OptionGeneric: map[string]any{}},
 			IPv4Data: []*wire.IPAMData{{Pool: "10.1.0.0/24", Gateway: "10.1.0.1/24"}}, IPv6Data: []*wire.IPAMData{{Pool: "fd00:1::/64", Gateway: "fd00:1::1/64"}}},
-		{NetworkID: net2, Options: map[string]any{plugin.OptionGeneric: map[string]any{"mode": "macvlan", "parent": "lan0", "probe": "false"}},
+		{NetworkID: net2, Options: map[string]any{plugin.OptionGeneric: onLAN},
 			IPv4Data: []*wire.IPAMData{{Pool: "10.9.0.0/24"}}, IPv6Data: []*wire.IPAMData{{Pool: "fd00:9::/64"}}},
 	} {
-		_, err := h.d.handleCreateNetwork(ctx, c)
+		_, err := h.d.handleCreateNetwork(t.Context(), c)
 		h.ok("CreateNetwork", err)
 	}
-	join := func(network, ep, v4, v6, ifname string) {
-		t.Helper()
-		_, err := h.d.handleCreateEndpoint(ctx, plugin.CreateEndpointRequest{NetworkID: network, EndpointID: ep, Interface: &wire.EndpointInterface{Address: v4, AddressIPv6: v6}})
-		h.ok("CreateEndpoint", err)
-		joined, err := h.d.handleJoin(ctx, plugin.JoinRequest{NetworkID: network, EndpointID: ep, SandboxKey: sandboxKey})
-		h.ok("Join", err)
-		container.Take(joined.InterfaceName.SrcName, ifname, netip.MustParsePrefix(v4), netip.MustParsePrefix(v6))
-	}
-	joinLAN := func() { join(net2, ep2, "10.9.0.20/24", "fd00:9::20/64", "eth1") }
-	if lanFirst {
-		joinLAN()
-	}
-	join(net1, ep1, "10.1.0.2/24", "fd00:1::2/64", "eth0")
-	container.Gateway(netip.MustParseAddr("10.1.0.1"))
-	container.Gateway(netip.MustParseAddr("fd00:1::1"))
-	_, err := h.d.handleProgram(ctx, plugin.ProgramExternalRequest{NetworkID: net1, EndpointID: ep1, Options: realPorts})
+	return h
+}
+
+// join has the engine connect the container.
+func (h lanHost) join(network, ep, v4, v6, ifname string) {
+	h.t.Helper()
+	_, err := h.d.handleCreateEndpoint(h.t.Context(), plugin.CreateEndpointRequest{NetworkID: network, EndpointID: ep, Interface: &wire.EndpointInterface{Address: v4, AddressIPv6: v6}})
+	h.ok("CreateEndpoint", err)
+	joined, err := h.d.handleJoin(h.t.Context(), plugin.JoinRequest{NetworkID: network, EndpointID: ep, SandboxKey: sandboxKey})
+	h.ok("Join", err)
+	h.container.Take(joined.InterfaceName.SrcName, ifname, netip.MustParsePrefix(v4), netip.MustParsePrefix(v6))
+}
+
+func (h lanHost) joinLAN() {
+	h.t.Helper()
+	h.join(net2, ep2, "10.9.0.20/24", "fd00:9::20/64", "eth1")
+}
+
+// joinBridge makes the bridge the container's way out.
+func (h lanHost) joinBridge() {
+	h.t.Helper()
+	h.join(net1, ep1, "10.1.0.2/24", "fd00:1::2/64", "eth0")
+	h.container.Gateway(netip.MustParseAddr("10.1.0.1"))
+	h.container.Gateway(netip.MustParseAddr("fd00:1::1"))
+}
+
+func (h lanHost) publish(ports map[string]any) {
+	h.t.Helper()
+	_, err := h.d.handleProgram(h.t.Context(), plugin.ProgramExternalRequest{NetworkID: net1, EndpointID: ep1, Options: ports})
 	h.ok("Program", err)
+}
+
+func (h lanHost) leaveLAN() {
+	h.t.Helper()
+	_, err := h.d.handleLeave(h.t.Context(), wire.LeaveRequest{NetworkID: net2, EndpointID: ep2})
+	h.ok("Leave", err)
+	if out, _ := h.container.Output("ip", "-br", "link"); strings.Contains(out, "eth1") {
+		h.container.Exec("ip", "link", "del", "eth1")
+	}
+	_, err = h.d.handleDeleteEndpoint(h.t.Context(), wire.DeleteEndpointRequest{NetworkID: net2, EndpointID: ep2})
+	h.ok("DeleteEndpoint", err)
+}
+
+// serveSeen has the container take connections; asking says whom it sees.
+func (h lanHost) serveSeen() (want func(v4, v6 string)) {
+	h.t.Helper()
+	t, ctx := h.t, h.t.Context()
 	var l net.Listener
-	container.Do(func() { l, err = (&net.ListenConfig{}).Listen(ctx, "tcp", "[::]:80") })
+	var err error
+	h.container.Do(func() { l, err = (&net.ListenConfig{}).Listen(ctx, "tcp", "[::]:80") })
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer func() { _ = l.Close() }()
+	t.Cleanup(func() { _ = l.Close() })
 	seen := make(chan string, 1)
 	go func() {
 		for {
@@ -78,48 +126,126 @@ func besideLAN(t *testing.T, lanFirst bool) {
 			_ = c.Close()
 		}
 	}()
-	// ask is who the container sees.
-	ask := func(from *netnstest.NS, at string) (who string) {
-		t.Helper()
-		from.Do(func() {
-			c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "tcp", at)
-			if err != nil {
-				t.Errorf("%s: %v", at, err)
-				return
-			}
-			_ = c.Close()
-			who = <-seen
-		})
-		return who
-	}
-	want := func(v4, v6 string) {
+	return func(v4, v6 string) {
 		t.Helper()
 		for at, who := range map[string]string{"10.9.0.10:8080": v4, "[fd00:9::10]:8080": v6} {
-			if got := ask(client, at); !strings.HasPrefix(got, who) {
-				t.Errorf("%s: the container saw %s, not %s", at, got, who)
-			}
+			h.client.Do(func() {
+				c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "tcp", at)
+				if err != nil {
+					t.Errorf("%s: %v", at, err)
+					return
+				}
+				_ = c.Close()
+				if got := <-seen; !strings.HasPrefix(got, who) {
+					t.Errorf("%s: the container saw %s, not %s", at, got, who)
+				}
+			})
 		}
 	}
+}
+
+func besideLAN(t *testing.T, lanFirst bool) {
+	h := newLANHost(t, map[string]any{"mode": "macvlan", "parent": "lan0", "probe": "false"})
+	if lanFirst {
+		h.joinLAN()
+	}
+	h.joinBridge()
+	h.publish(realPorts)
+	want := h.serveSeen()
 	if !lanFirst {
 		want("10.9.0.50:", "[fd00:9::50]:")
-		joinLAN()
+		h.joinLAN()
 	}
 	h.idle("all")
 	want("10.1.0.1:", "[fd00:1::1]:")
 	h.restart()
 	h.idle("restart")
 	want("10.1.0.1:", "[fd00:1::1]:")
-	_, err = h.d.handleLeave(ctx, wire.LeaveRequest{NetworkID: net2, EndpointID: ep2})
-	h.ok("Leave", err)
-	container.Exec("ip", "link", "del", "eth1")
-	_, err = h.d.handleDeleteEndpoint(ctx, wire.DeleteEndpointRequest{NetworkID: net2, EndpointID: ep2})
-	h.ok("DeleteEndpoint", err)
+	h.leaveLAN()
 	want("10.9.0.50:", "[fd00:9::50]:")
-	joinLAN()
+	h.joinLAN()
 	want("10.1.0.1:", "[fd00:1::1]:")
-	_, err = h.d.handleLeave(ctx, wire.LeaveRequest{NetworkID: net1, EndpointID: ep1})
+	_, err := h.d.handleLeave(t.Context(), wire.LeaveRequest{NetworkID: net1, EndpointID: ep1})
 	h.ok("Leave of the bridge", err)
-	if s, err := h.kernel.Owned(ctx); err != nil || strings.Contains(s.String(), "beside") {
+	if s, err := h.kernel.Owned(t.Context()); err != nil || strings.Contains(s.String(), "beside") {
 		t.Errorf("left: %s, %v", s, err)
+	}
+}
+
+// TestConnectingALANWhileClientsSpeak: what a client on the LAN began before goes on
+// through the host, or ends at once where the container cannot take it up.
+func TestConnectingALANWhileClientsSpeak(t *testing.T) {
+	h := newLANHost(t, map[string]any{"mode": "macvlan", "parent": "lan0", "probe": "false"})
+	h.joinBridge()
+	h.publish(map[string]any{plugin.OptionPortMap: []any{
+		map[string]any{"Proto": 6, "Port": 80, "HostIP": "", "HostPort": 8080, "HostPortEnd": 8080},
+		map[string]any{"Proto": 17, "Port": 53, "HostIP": "", "HostPort": 5353, "HostPortEnd": 5353},
+	}})
+	ctx := t.Context()
+	var l net.Listener
+	var u net.PacketConn
+	h.container.Do(func() {
+		var err error
+		if l, err = (&net.ListenConfig{}).Listen(ctx, "tcp", "[::]:80"); err != nil {
+			t.Fatal(err)
+		}
+		if u, err = (&net.ListenConfig{}).ListenPacket(ctx, "udp", "[::]:53"); err != nil {
+			t.Fatal(err)
+		}
+	})
+	t.Cleanup(func() { _ = errors.Join(l.Close(), u.Close()) })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() { _, _ = io.Copy(c, c) }()
+		}
+	}()
+	go func() {
+		b := make([]byte, 16)
+		for {
+			n, from, err := u.ReadFrom(b)
+			if err != nil {
+				return
+			}
+			_, _ = u.WriteTo(b[:n], from)
+		}
+	}()
+	say := func(c net.Conn) error {
+		_ = c.SetDeadline(time.Now().Add(500 * time.Millisecond))
+		if _, err := c.Write([]byte("x")); err != nil {
+			return err
+		}
+		_, err := c.Read(make([]byte, 1))
+		return err
+	}
+	open := map[string]net.Conn{}
+	for _, at := range []string{"tcp 10.9.0.10:8080", "tcp [fd00:9::10]:8080", "udp 10.9.0.10:5353", "udp [fd00:9::10]:5353"} {
+		network, address, _ := strings.Cut(at, " ")
+		h.client.Do(func() {
+			c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, network, address)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = c.Close() })
+			open[at] = c
+		})
+		if err := say(open[at]); err != nil {
+			t.Fatalf("%s: %v", at, err)
+		}
+	}
+	h.joinLAN()
+	for at, c := range open {
+		var err error
+		for stop := time.Now().Add(3 * time.Second); time.Now().Before(stop); { // what is forgotten is so in the background
+			if err = say(c); err == nil || errors.Is(err, unix.ECONNRESET) {
+				break
+			}
+		}
+		if strings.HasPrefix(at, "udp") && err != nil || strings.HasPrefix(at, "tcp") && !errors.Is(err, unix.ECONNRESET) {
+			t.Errorf("%s after the LAN was connected: %v", at, err)
+		}
 	}
 }

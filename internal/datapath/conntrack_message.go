@@ -85,8 +85,12 @@ func (c *conntrack) count() (n uint32, err error) {
 }
 
 // flow is a tracked connection: where its first packet was sent, and who
-// answers.
-type flow struct{ to, from netip.AddrPort }
+// answers; who sent it, and whom the answer is for, which differ where the source is
+// translated.
+type flow struct {
+	to, from     netip.AddrPort
+	client, back netip.Addr
+}
 
 // forget deletes the flows of one family and protocol that stale accepts; with a
 // port, only of those sent to it. What does not match is left out by the kernel, or, in
@@ -143,6 +147,9 @@ func parseFlow(m []byte, proto Proto) (orig []byte, w flow, ok bool) {
 		return nil, w, false
 	}
 	w.from, ok = end(reply, false)
+	client, _ := end(orig, false)
+	back, _ := end(reply, true)
+	w.client, w.back = client.Addr(), back.Addr()
 	return orig, w, ok
 }
 

@@ -13,7 +13,8 @@ import (
 
 // flows forgets connections that the kernel tracks for published ports. A UDP
 // client that never stops sending keeps its entry alive for ever, and with it the
-// container that had the port first, or the host itself. A TCP client speaks to a
+// container that had the port first, or the host itself; or that has joined the
+// client's own LAN since, and answers past the host. A TCP client speaks to a
 // container that is gone until it gives up by itself, a quarter of an hour later;
 // once its connection is forgotten, whoever has the port now resets it.
 //
@@ -39,7 +40,13 @@ type stale struct {
 	// where the port led before. withdrawn ones were given up: flows that go
 	// where they led.
 	published, withdrawn []Element
+	// beside are of that set: flows that began before, in which the container sees
+	// a client that it now answers past the host. Where the element goes, they
+	// stay: what the container sees leads back to the host as before.
+	beside []Element
 }
+
+func (s stale) empty() bool { return len(s.published)+len(s.withdrawn)+len(s.beside) == 0 }
 
 func newFlows(log logrus.FieldLogger, l *links) *flows {
 	track, err := newConntrack()
@@ -61,18 +68,19 @@ func (f *flows) close() {
 }
 
 // forget has the flows forgotten that the change of the elements leaves.
-func (f *flows) forget(ctx context.Context, published, withdrawn []Element) {
-	translated := func(list []Element) []Element {
-		return filter(list, func(e Element) bool { return e.Set == SetPublished })
+func (f *flows) forget(ctx context.Context, made, gone []Element) {
+	of := func(set Set, list []Element) []Element {
+		return filter(list, func(e Element) bool { return e.Set == set })
 	}
-	s := stale{translated(published), translated(withdrawn)}
+	s := stale{of(SetPublished, made), of(SetPublished, gone), of(SetBeside, made)}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.track == nil || f.closed || len(s.published)+len(s.withdrawn) == 0 {
+	if f.track == nil || f.closed || s.empty() {
 		return
 	}
 	f.waiting.published = append(f.waiting.published, s.published...)
 	f.waiting.withdrawn = append(f.waiting.withdrawn, s.withdrawn...)
+	f.waiting.beside = append(f.waiting.beside, s.beside...)
 	if !f.walking {
 		f.walking = true
 		ctx = context.WithoutCancel(ctx)
@@ -86,7 +94,7 @@ func (f *flows) run(ctx context.Context) {
 		f.mu.Lock()
 		s := f.waiting
 		f.waiting = stale{}
-		f.walking = len(s.published)+len(s.withdrawn) > 0 && !f.closed
+		f.walking = !s.empty() && !f.closed
 		on := f.walking
 		f.mu.Unlock()
 		if !on {
@@ -94,7 +102,7 @@ func (f *flows) run(ctx context.Context) {
 		}
 		err := f.walk(ctx, s)
 		if err != nil && !f.told {
-			f.log.WithError(err).Warn("clients of a port published again may reach its former container")
+			f.log.WithError(err).Warn("clients of a port published again may reach its former container, and some on a container's LAN no published port")
 		}
 		f.told = err != nil // nobody else touches it: one goroutine runs
 	}
@@ -124,19 +132,32 @@ func (f *flows) walk(ctx context.Context, s stale) error {
 	own := func(a netip.Addr) bool { return local[a] || a.IsLoopback() }
 	var errs []error
 	for _, v6 := range families {
+		beside := make(map[netip.Addr][]netip.Prefix) // by the container
+		for _, e := range s.beside {
+			if e.To.Is6() == v6 {
+				beside[e.To] = append(beside[e.To], e.Net)
+			}
+		}
+		past := func(w flow) bool {
+			return w.to != w.from && w.client == w.back && slices.ContainsFunc(beside[w.from.Addr()], func(lan netip.Prefix) bool { return lan.Contains(w.client) })
+		}
 		for _, p := range []Proto{TCP, UDP, SCTP} {
 			mine := func(e Element) bool { return e.To.Is6() == v6 && e.Proto == p }
 			published, withdrawn := filter(s.published, mine), filter(s.withdrawn, mine)
 			all := slices.Concat(published, withdrawn)
-			if len(all) == 0 {
+			if len(all)+len(beside) == 0 {
 				continue
 			}
+			port := onePort(all)
+			if len(beside) > 0 { // all ports
+				port = 0
+			}
 			is, was := portsOf(published), portsOf(withdrawn)
-			errs = append(errs, f.track.forget(v6, p, onePort(all), func(w flow) bool {
+			errs = append(errs, f.track.forget(v6, p, port, func(w flow) bool {
 				// A connection that the held socket accepted goes on by the proxy.
 				return own(w.to.Addr()) && (p == UDP || !own(w.from.Addr())) && is.any(w.to.Port(), func(e Element, to netip.AddrPort) bool {
 					return e.Net.Contains(w.to.Addr()) && w.from != to
-				}) || was.any(w.to.Port(), func(_ Element, to netip.AddrPort) bool { return w.from == to })
+				}) || was.any(w.to.Port(), func(_ Element, to netip.AddrPort) bool { return w.from == to }) || past(w)
 			}))
 		}
 	}
@@ -148,6 +169,9 @@ func (f *flows) walk(ctx context.Context, s stale) error {
 
 // onePort is the only port that the elements translate, or 0.
 func onePort(list []Element) uint16 {
+	if len(list) == 0 {
+		return 0
+	}
 	port := list[0].Port
 	if slices.ContainsFunc(list, func(e Element) bool { return e.Port != port || e.More > 0 }) {
 		return 0
