@@ -46,7 +46,7 @@ func (d *Driver) learnFor(ctx context.Context, networkID string, addrs []netip.P
 			continue
 		}
 		var left []string
-		if n.MTU == 0 && l.MTU != 0 { // the parent's, as it is now
+		if n.onParent() && n.Options.MTU == 0 && l.MTU != 0 { // the parent's, as it is now
 			f, _, err := d.host.Link(ctx, n.parent())
 			if err != nil {
 				return e, err

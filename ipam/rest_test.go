@@ -28,14 +28,14 @@ func newSlowPut(r records, key string) *slowPut {
 	return &slowPut{records: r, key: key, came: make(chan struct{}), goes: make(chan struct{})}
 }
 
-func (s *slowPut) Put(ctx context.Context, r store.Record) (store.Record, error) {
-	if r.Key == s.key {
+func (s *slowPut) Write(ctx context.Context, b store.Batch) (store.Record, error) {
+	if b.Put != nil && b.Put.Key == s.key {
 		s.once.Do(func() {
 			close(s.came)
 			<-s.goes
 		})
 	}
-	return s.records.Put(ctx, r)
+	return s.records.Write(ctx, b)
 }
 
 // TestKeptWhileWritten: in a pool that has nothing but addresses that rest, the one
