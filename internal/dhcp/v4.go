@@ -204,10 +204,14 @@ func addrs(list []net.IP) []netip.Addr {
 // some is a list that is not longer than most.
 func some[T any](list []T, most int) []T { return list[:min(len(list), most)] }
 
-// name is a domain's, "" for what is none: a name in the DNS has no spaces, and no
-// more than 253 bytes.
+// name is a domain's, "" for what is none: a name of hosts in the DNS is of letters,
+// digits, dashes and dots, and no more than 253 bytes long; underscores are met.
+// People paste it into a shell, so nothing else is taken.
 func name(s string) string {
-	if s = printable(s); len(s) > 253 || strings.Contains(s, " ") {
+	bad := func(c rune) bool {
+		return (c < 'a' || 'z' < c) && (c < 'A' || 'Z' < c) && (c < '0' || '9' < c) && !strings.ContainsRune("-._", c)
+	}
+	if s = printable(s); len(s) > 253 || strings.ContainsFunc(s, bad) || strings.HasPrefix(s, "-") {
 		return ""
 	}
 	return s
