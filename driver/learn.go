@@ -69,7 +69,9 @@ func (d *Driver) learnFor(ctx context.Context, networkID string, addrs []netip.P
 }
 
 // fitMTU takes the server's MTU where the user gave none and the parent carries it,
-// and otherwise says why not, if that is worth saying.
+// and otherwise says why not, if that is worth saying. A bridge has the least MTU of
+// its ports': what the server says would be that of the host, and of a LAN that is not
+// ours to change.
 func (n Network) fitMTU(e *Endpoint, mtu int) (note string) {
 	least, _ := n.leastMTU()
 	switch {
@@ -77,6 +79,8 @@ func (n Network) fitMTU(e *Endpoint, mtu int) (note string) {
 		return ""
 	case mtu < least:
 		return fmt.Sprintf("MTU %d is less than the %d that every station takes", mtu, least)
+	case !n.onParent():
+		return fmt.Sprintf("MTU %d would be the bridge's, too, and so the host's: make the network with -o mtu=%d to have it", mtu, mtu)
 	}
 	e.MTU = mtu
 	return ""

@@ -117,3 +117,20 @@ func TestLearntOfAnybody(t *testing.T) {
 		}
 	}
 }
+
+// TestLearntOnABridge: the server's MTU is not that of a bridge, which has the least of
+// its ports': the host itself, and all that is on its LAN, would have it.
+func TestLearntOnABridge(t *testing.T) {
+	r := newRigWith(t, func(c *Config) {
+		c.Learnt = func(pool netip.Prefix, a netip.Addr) (Learnt, bool) { return Learnt{MTU: 576}, pool.Contains(a) }
+	})
+	r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", ""))
+	r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
+	have, err := r.kernel.Owned(t.Context())
+	if err != nil || len(have.Veths) != 1 || have.Veths[0].MTU != r.d.tables().Networks[0].MTU {
+		t.Errorf("links %v: %v, want the network's MTU", have.Veths, err)
+	}
+	if left := strings.Join(r.d.tables().Endpoints[0].LeftOut, "; "); !strings.Contains(left, "MTU 576 would be the bridge's, too, and so the host's") {
+		t.Errorf("left out is %q", left)
+	}
+}
