@@ -187,8 +187,9 @@ func noGateway(subnet netip.Prefix) netip.Prefix {
 // a server that is silent, or a link that is not there yet, will do. all is what the
 // server is told of every container.
 func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix, all telling) (subnet, router netip.Prefix, err error) {
+	ctx, cancel := beforeAnswer(ctx)
+	defer cancel()
 	if given.IsValid() {
-		var cancel context.CancelFunc
 		ctx, cancel = context.WithTimeout(ctx, offerTime)
 		defer cancel()
 	}
@@ -356,6 +357,8 @@ func (p *pool) identity(r *addressRequest, now time.Time) (key string, hint neti
 // lease gets an address of a pool from the server. No lock is held while it is
 // asked. The mask is the server's.
 func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Prefix, error) {
+	ctx, cancel := beforeAnswer(ctx)
+	defer cancel()
 	link := p.dhcp()
 	if r.kind == kindGateway {
 		return netip.Prefix{}, fmt.Errorf("the DHCP server on %s could not be asked for its router when the network was made: give its address with --gateway", link)

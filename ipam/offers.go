@@ -22,6 +22,18 @@ const (
 	declinedTime = time.Minute
 )
 
+// answerTime is kept of a call for its answer.
+const answerTime = time.Second
+
+// beforeAnswer ends what asks a server before its call does: what the server did, or
+// did not, is said then, and not that there is no result.
+func beforeAnswer(ctx context.Context) (context.Context, context.CancelFunc) {
+	if end, ok := ctx.Deadline(); ok {
+		return context.WithDeadline(ctx, end.Add(-answerTime))
+	}
+	return context.WithCancel(ctx)
+}
+
 // noOffer says what is wrong with an offer. One that another container has is leased
 // for that again, at once, so that the server knows.
 func (i *IPAM) noOffer(ctx context.Context, p *pool, offer dhcp.Lease) error {

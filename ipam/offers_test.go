@@ -6,6 +6,9 @@ import (
 	"net/netip"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/docker/go-plugins-helpers/ipam"
 
 	"github.com/weftnet/weft/internal/dhcp"
 )
@@ -94,5 +97,48 @@ func TestRefusedIsNotReleased(t *testing.T) {
 	l.run()
 	if l.server.released+l.server.declined > 0 || l.only().taken.len() > 0 || len(l.only().leased) > 0 {
 		t.Errorf("%d released, %d declined, %d taken", l.server.released, l.server.declined, l.only().taken.len())
+	}
+}
+
+// patience notes how long it may take to answer.
+type patience struct {
+	*modelServer
+	until []time.Time
+}
+
+func (s *patience) Offer(ctx context.Context, link string, st dhcp.Station) (dhcp.Lease, error) {
+	end, _ := ctx.Deadline()
+	s.until = append(s.until, end)
+	return s.modelServer.Offer(ctx, link, st)
+}
+
+func (s *patience) AcquireAfter(ctx context.Context, link string, st dhcp.Station, want netip.Addr, within netip.Prefix, first func(dhcp.Lease) error) (dhcp.Lease, error) {
+	end, _ := ctx.Deadline()
+	s.until = append(s.until, end)
+	return s.modelServer.AcquireAfter(ctx, link, st, want, within, first)
+}
+
+// TestServerBeforeTheCall: a server has less time than the call, whose answer is to say
+// what it did.
+func TestServerBeforeTheCall(t *testing.T) {
+	l := newLeasing(t, nil)
+	s := &patience{modelServer: l.server}
+	l.dhcp = s
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	end, _ := ctx.Deadline()
+	if _, err := l.RequestAddress(ctx, ipam.RequestAddressRequest{PoolID: leasedPool}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.RequestPool(ctx, ipam.RequestPoolRequest{AddressSpace: LocalSpace, Options: map[string]string{"dhcp": "lan1"}}); err != nil {
+		t.Fatal(err)
+	}
+	for _, got := range s.until {
+		if got.IsZero() || end.Sub(got) < answerTime {
+			t.Errorf("it has until %v, the call until %v", got, end)
+		}
+	}
+	if len(s.until) != 2 {
+		t.Errorf("asked %d times", len(s.until))
 	}
 }

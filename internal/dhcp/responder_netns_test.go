@@ -350,3 +350,34 @@ func TestCallerLosesInterest(t *testing.T) {
 		t.Errorf("at the caller's deadline: %v", err)
 	}
 }
+
+// TestBusyWithinTheCall: a server that answers others, and never this station, is
+// silent by the end of the caller's time, and that is what the caller is told.
+func TestBusyWithinTheCall(t *testing.T) {
+	_, router := newLAN(t)
+	newResponder(t, router, "255.255.255.255", func(m *dhcpv4.DHCPv4) [][]byte {
+		if m.ClientHWAddr.String() == net.HardwareAddr(station1MAC[:]).String() {
+			return nil
+		}
+		return [][]byte{proper(m).ToBytes()}
+	})
+	c := hasty()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second) // hasty's are 0.7, 2.1 where others are served
+	defer cancel()
+	stop := make(chan struct{})
+	defer close(stop)
+	go func() {
+		for {
+			select {
+			case <-stop:
+				return
+			case <-time.After(50 * time.Millisecond):
+				c.serves("lan0")
+			}
+		}
+	}()
+	_, err := c.Acquire(ctx, "lan0", station(1), netip.Addr{}, lan4)
+	if !errors.Is(err, ErrSilent) || ctx.Err() == nil {
+		t.Errorf("%v; the caller's time is over: %v", err, ctx.Err())
+	}
+}

@@ -283,9 +283,9 @@ func (m *Mux) run(ctx context.Context, call string, h handler, body []byte) ([]b
 	default:
 	}
 	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		return nil, fmt.Errorf("%s: no result within %v", call, m.timeout)
+		return nil, fmt.Errorf("no result within %v", m.timeout) // the engine puts the call's name in front itself
 	}
-	return nil, fmt.Errorf("%s: interrupted, the plugin stops", call)
+	return nil, errors.New("interrupted, the plugin stops: try again")
 }
 
 // readBody refuses an empty body: when the engine repeats a call whose
@@ -306,7 +306,7 @@ func (m *Mux) readBody(w http.ResponseWriter, r *http.Request, limit int64) ([]b
 	}
 	body = bytes.Trim(body, " \t\r\n") // what JSON takes for white space
 	if len(body) == 0 {
-		return nil, &refusal{http.StatusBadRequest, "request body is empty"}
+		return nil, &refusal{http.StatusBadRequest, "request body is empty: the plugin was restarted during the call, and the engine repeats it without; try again"}
 	}
 	if body[0] != '{' {
 		return nil, &refusal{http.StatusBadRequest, "request body is not a JSON object"}

@@ -383,7 +383,7 @@ func TestHangingHandler(t *testing.T) {
 	s.Ready(nil)
 	start := time.Now()
 	status, body := s.post(t, plugin.PathJoin, leave)
-	wantError(t, 500, status, body, "NetworkDriver.Join: no result within 300ms")
+	wantError(t, 500, status, body, "no result within 300ms")
 	if took := time.Since(start); took < 300*time.Millisecond || took > 2*time.Second {
 		t.Errorf("answered after %v", took)
 	}

@@ -143,5 +143,5 @@ func TestStopInterruptsHangingCalls(t *testing.T) {
 		t.Errorf("stop took %v, the engine kills after 10 s", took)
 	}
 	a := <-got
-	wantError(t, 500, a.status, a.body, "NetworkDriver.Leave: interrupted")
+	wantError(t, 500, a.status, a.body, "interrupted, the plugin stops")
 }
