@@ -128,9 +128,12 @@ func parseSubnet(data *wire.IPAMData) (s Subnet, ok bool, err error) {
 	}
 	if s.Pool.Bits() == 0 {
 		// Our IPAM half answers this for a subnet that the engine would refuse
-		// as the host's own; the gateway's mask says which it is.
+		// as the host's own; the gateway's mask says which it is. Where there is
+		// none it is the subnet's own address.
 		if gateway, err := netip.ParsePrefix(data.Gateway); err == nil {
-			s.Pool = gateway.Masked()
+			if s.Pool = gateway.Masked(); s.Pool == gateway {
+				data.Gateway = ""
+			}
 		}
 	}
 	if s.Pool.Bits() == 0 {

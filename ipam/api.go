@@ -88,8 +88,8 @@ func (i *IPAM) answerLeased(ctx context.Context, r poolRequest) (ipam.RequestPoo
 	host, err := i.host(ctx)
 	if err == nil && slices.ContainsFunc(host, func(p netip.Prefix) bool { return p.Bits() > 0 && p.Overlaps(id.prefix) }) {
 		resp.Pool = anyPool
-		if !router.IsValid() || router.Addr().IsUnspecified() {
-			err = fmt.Errorf("ipam option dhcp=%s: the server hands out addresses of %s and names no router: give --subnet %s", r.opts.dhcp, id.prefix, id.prefix)
+		if !router.IsValid() || router.Addr().IsUnspecified() { // it is to say which subnet it is all the same
+			resp.Data[plugin.RequestAddressGateway] = id.prefix.String()
 		}
 	}
 	if err != nil {

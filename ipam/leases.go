@@ -204,6 +204,15 @@ func (i *IPAM) survey(ctx context.Context, link string, given netip.Prefix, all 
 		return subnet, router, fmt.Errorf("ipam option dhcp=%s: %w", link, err)
 	}
 	subnet = l.Address.Masked()
+	switch alone := l.Address.IsSingleIP(); { // the mask /32 says nothing of the subnet
+	case alone && given.Contains(l.Address.Addr()):
+		subnet = given
+	case alone && !given.IsValid():
+		return subnet, router, fmt.Errorf("ipam option dhcp=%s: the DHCP server %s offered %s with the mask of one address: give the LAN's subnet with --subnet", link, l.Server, l.Address.Addr())
+	}
+	if given.IsValid() && given != subnet && subnet.IsSingleIP() {
+		return subnet, router, fmt.Errorf("ipam option dhcp=%s: the DHCP server %s offered %s, which is not in %s: give the LAN's subnet with --subnet", link, l.Server, l.Address.Addr(), given)
+	}
 	if given.IsValid() && given != subnet {
 		return subnet, router, fmt.Errorf("ipam option dhcp=%s: the DHCP server %s hands out addresses of %s, not of %s: give --subnet %s, or leave it out",
 			link, l.Server, subnet, given, subnet)
@@ -441,7 +450,11 @@ func (i *IPAM) ask(ctx context.Context, q *asking, r addressRequest, want netip.
 	if err != nil {
 		return netip.Prefix{}, err
 	}
-	return l.Address, i.keepLease(ctx, q, r, l)
+	a := l.Address
+	if a.IsSingleIP() { // the subnet was given
+		a = q.pool.with(a.Addr())
+	}
+	return a, i.keepLease(ctx, q, r, l)
 }
 
 // refuse notes that the server has refused what is held: there is nothing to be

@@ -31,6 +31,7 @@ type modelServer struct {
 	hang     chan struct{} // Offer and Extend wait for it; nil: they do not
 	carrier  uint32        // how often it came or went; an odd number: it is away
 	stubborn netip.Addr    // is offered to everybody
+	alone    bool          // its mask is that of one address
 	declined int
 	released int
 	asked    int // for more time
@@ -74,8 +75,12 @@ func (s *modelServer) choose(station uint32, want netip.Addr) (out netip.Addr) {
 }
 
 func (s *modelServer) lease(a netip.Addr) dhcp.Lease {
+	bits := 24
+	if s.alone {
+		bits = 32
+	}
 	return dhcp.Lease{
-		Address: netip.PrefixFrom(a, 24), Server: netip.MustParseAddr("10.77.0.1"), Router: netip.MustParseAddr("10.77.0.1"),
+		Address: netip.PrefixFrom(a, bits), Server: netip.MustParseAddr("10.77.0.1"), Router: netip.MustParseAddr("10.77.0.1"),
 		Granted: s.now(), Renew: 30 * time.Minute, Rebind: 50 * time.Minute, Valid: time.Hour,
 	}
 }

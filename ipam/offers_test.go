@@ -142,3 +142,23 @@ func TestServerBeforeTheCall(t *testing.T) {
 		t.Errorf("asked %d times", len(s.until))
 	}
 }
+
+// TestMaskOfOne: a server whose mask is that of one address, as with some providers, is
+// believed in all else where the subnet is given.
+func TestMaskOfOne(t *testing.T) {
+	l := newLeasing(t, nil)
+	l.server.alone = true
+	if _, err := l.pooled("", map[string]string{"dhcp": "lan2"}); err == nil || !strings.Contains(err.Error(), "offered 10.77.0.100 with the mask of one address: give the LAN's subnet with --subnet") {
+		t.Error(err)
+	}
+	if _, err := l.pooled("10.78.0.0/24", map[string]string{"dhcp": "lan2"}); err == nil || !strings.Contains(err.Error(), "offered 10.77.0.100, which is not in 10.78.0.0/24") {
+		t.Error(err)
+	}
+	id, err := l.pooled(leasedSubnet, map[string]string{"dhcp": "lan2"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := l.addressFor(id, "a", ""); got != "10.77.0.100/24" {
+		t.Error(got)
+	}
+}
