@@ -49,10 +49,10 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 	for range mostSquatters {
 		var a netip.Prefix
 		var reserved bool
-		if a, reserved, err = i.grant(ctx, r); err != nil || i.vet == nil || r.kind == kindGateway || r.id.space == GlobalSpace {
+		if a, reserved, err = i.grant(ctx, r); err != nil || r.kind == kindGateway || r.id.space == GlobalSpace {
 			return a, err
 		}
-		if err = i.vet(ctx, r.id.prefix, a.Addr()); err == nil {
+		if err = i.held(ctx, r.id, a.Addr()); err == nil {
 			return a, nil
 		}
 		// Whoever has it was not asked by us: back with it, and on to the next.
@@ -72,6 +72,29 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 		}
 	}
 	return netip.Prefix{}, fmt.Errorf("%d addresses in a row are held by others, the last one: %w", mostSquatters, err)
+}
+
+// held says who else has an address, on a LAN or another host; nil: nobody.
+func (i *IPAM) held(ctx context.Context, id poolID, a netip.Addr) error {
+	if i.vet != nil {
+		if err := i.vet(ctx, id.prefix, a); err != nil {
+			return err
+		}
+	}
+	link := id.dhcp()
+	if _, ours := i.holder(id.prefix); ours || link == "" || i.probe == nil {
+		return nil
+	}
+	station, taken, err := i.probe(ctx, link, a)
+	switch {
+	case ctx.Err() != nil:
+		return fmt.Errorf("ask the LAN for %s: %w", a, ctx.Err())
+	case err != nil:
+		i.log.WithField("pool", id.prefix.String()).WithError(err).Debug("the LAN could not be asked")
+	case taken:
+		return fmt.Errorf("address %s is in use on the LAN: %s answers for it on %s; take another", a, station, link)
+	}
+	return nil
 }
 
 // mostSquatters bounds how many addresses one request finds in the hands of

@@ -37,6 +37,9 @@ type Config struct {
 	// Vet asks the LAN of the network that has this subnet whether somebody
 	// holds the address; the error says who. nil: nobody is asked.
 	Vet func(ctx context.Context, pool netip.Prefix, a netip.Addr) error
+	// Probe asks the LAN on a link whether a station has an address, for the networks of
+	// other drivers, for whose addresses Vet asks nobody. nil: nobody is asked.
+	Probe func(ctx context.Context, link string, a netip.Addr) (station string, taken bool, err error)
 	// Used returns what the network of our own driver that has exactly this subnet
 	// uses an address for: an endpoint, or what it was made with; "" for nothing.
 	// nil, or false: nobody knows.
@@ -74,6 +77,7 @@ type IPAM struct {
 	holder func(netip.Prefix) (string, bool)
 	count  func(netip.Prefix) int
 	vet    func(context.Context, netip.Prefix, netip.Addr) error
+	probe  func(context.Context, string, netip.Addr) (string, bool, error)
 	used   func(netip.Prefix) (func(netip.Addr) string, bool)
 	far    func(netip.Prefix) func(netip.Addr) (string, bool)
 	log    logrus.FieldLogger
@@ -208,7 +212,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, count: c.Holders, vet: c.Vet, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, asleep: asleep, dhcp: c.DHCP, leases: make(chan struct{}, 1),
+		store: c.Store, host: c.Host, holder: c.Holder, count: c.Holders, vet: c.Vet, probe: c.Probe, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, asleep: asleep, dhcp: c.DHCP, leases: make(chan struct{}, 1),
 		history: newHistory(c.History), changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]uint64{}, owed: map[string]bool{}},
 	}

@@ -222,6 +222,10 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	}
 	a := ipam.Config{
 		Store: p.weft, Host: p.kernel.InUse, Holder: p.driver.Subnet, Holders: p.driver.Subnets, Vet: p.driver.Vet, Used: p.driver.Used, Elsewhere: p.driver.Elsewhere, DHCP: new(dhcp.Client), Pools: pools, Log: log, History: history,
+		Probe: func(ctx context.Context, link string, a netip.Addr) (string, bool, error) {
+			mac, taken, err := p.kernel.Probe(ctx, link, a)
+			return mac.String(), taken, err
+		},
 	}
 	if p.shared != nil {
 		a.Shared = p.shared

@@ -46,3 +46,22 @@ func TestDHCPWithoutRouter(t *testing.T) {
 		})
 	}
 }
+
+// TestDHCPOfAnotherDriver: the LAN is asked for what is leased for networks of Docker's
+// own macvlan, too, of which this plugin knows nothing else.
+func TestDHCPOfAnotherDriver(t *testing.T) {
+	t.Parallel()
+	l := newLAN(t)
+	server := dhcptest.Start(t, dhcptest.ISC, l.router, l.config)
+	for _, a := range []string{"10.77.0.101", "10.77.0.102"} { // of stations that ask no server
+		l.router.Exec("ip", "address", "add", a+"/32", "dev", "eth0")
+	}
+	l.start()
+	id, _, _ := l.pool("10.77.0.0/24", `"dhcp":"lan0"`)
+	if got := first(l.request(id, "", "web")); !got.IsValid() || got.String() == "10.77.0.101" || got.String() == "10.77.0.102" {
+		t.Errorf("leased %s", got)
+	}
+	if n := strings.Count(server.Log(), "DHCPDECLINE of 10.77.0.101"); n != 1 {
+		t.Errorf("declined %d times", n)
+	}
+}
