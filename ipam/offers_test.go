@@ -106,10 +106,10 @@ type patience struct {
 	until []time.Time
 }
 
-func (s *patience) Offer(ctx context.Context, link string, st dhcp.Station) (dhcp.Lease, error) {
+func (s *patience) Offer(ctx context.Context, link string, st dhcp.Station, six bool) (dhcp.Lease, error) {
 	end, _ := ctx.Deadline()
 	s.until = append(s.until, end)
-	return s.modelServer.Offer(ctx, link, st)
+	return s.modelServer.Offer(ctx, link, st, six)
 }
 
 func (s *patience) AcquireAfter(ctx context.Context, link string, st dhcp.Station, want netip.Addr, within netip.Prefix, first func(dhcp.Lease) error) (dhcp.Lease, error) {

@@ -28,12 +28,23 @@ func newSlowPut(r records, key string) *slowPut {
 	return &slowPut{records: r, key: key, came: make(chan struct{}), goes: make(chan struct{})}
 }
 
-func (s *slowPut) Write(ctx context.Context, b store.Batch) (store.Record, error) {
-	if b.Put != nil && b.Put.Key == s.key {
+func (s *slowPut) wait(key string) {
+	if key == s.key {
 		s.once.Do(func() {
 			close(s.came)
 			<-s.goes
 		})
+	}
+}
+
+func (s *slowPut) Put(ctx context.Context, r store.Record) (store.Record, error) {
+	s.wait(r.Key)
+	return s.records.Put(ctx, r)
+}
+
+func (s *slowPut) Write(ctx context.Context, b store.Batch) (store.Record, error) {
+	if b.Put != nil {
+		s.wait(b.Put.Key)
 	}
 	return s.records.Write(ctx, b)
 }
@@ -55,7 +66,11 @@ func TestKeptWhileWritten(t *testing.T) {
 	h.store = slow
 	first := make(chan string)
 	go func() { first <- h.addressFor(id, "a", "") }()
-	<-slow.came
+	select {
+	case <-slow.came:
+	case got := <-first:
+		t.Fatalf("a has %s without a write", got)
+	}
 	second := make(chan string)
 	go func() { second <- h.do("addr " + id) }()
 	select {
@@ -91,7 +106,11 @@ func TestGrantedTooLate(t *testing.T) {
 			})
 			done <- err
 		}()
-		<-slow.came
+		select {
+		case <-slow.came:
+		case err := <-done:
+			t.Fatalf("want %q: answered without a write: %v", want, err)
+		}
 		cancel() // the call's time is over
 		close(slow.goes)
 		if err := <-done; !errors.Is(err, context.Canceled) {
