@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"net/netip"
+	"slices"
 	"time"
 
 	"github.com/weftnet/weft/internal/store"
@@ -141,26 +142,13 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 				return p.with(a), false, err
 			}
 		}
-		if r.want.IsValid() {
-			if err := p.reservedGateway(r); err != nil {
-				return netip.Prefix{}, false, err
-			}
-			a = r.want
-			if again, err = i.explicit(ctx, p, r); err == nil && r.kind == kindGateway {
-				p.typed(a)
-			}
-		} else {
+		switch a = r.want; {
+		case r.kind == kindGateway:
+			a, again, err = i.route(ctx, p, r)
+		case a.IsValid():
+			again, err = i.explicit(ctx, p, r)
+		default:
 			a, err = i.choose(ctx, p, r)
-		}
-		if err == nil && r.kind == kindGateway && !r.want.IsValid() {
-			p.mu.Lock()
-			p.guess = a
-			first, _ := r.id.auto()
-			name := p.reservedFor[first]
-			p.mu.Unlock()
-			if name != "" {
-				i.log.WithField("pool", r.id.String()).Infof("gateway %s: %s is reserved for %s", a, first, name)
-			}
 		}
 		if err == nil {
 			if !again {
@@ -176,51 +164,6 @@ func (i *IPAM) grant(ctx context.Context, r addressRequest) (_ netip.Prefix, res
 	return netip.Prefix{}, false, fmt.Errorf("address in pool %s: %w", r.id.prefix, errPoolGone)
 }
 
-// reservedGateway refuses a gateway whose address a container is to have. One that
-// is there already stays.
-func (p *pool) reservedGateway(r addressRequest) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	name := p.reservedFor[r.want]
-	if r.kind != kindGateway || name == "" || p.taken.has(r.want) {
-		return nil
-	}
-	return fmt.Errorf("gateway %s of pool %s is reserved for %s: give another --gateway, or another address with --ipam-opt reserve.%s=",
-		r.want, p.prefix, name, name)
-}
-
-// typed notes that somebody asked for a gateway that, perhaps, nobody typed for
-// another network with the subnet.
-func (p *pool) typed(gateway netip.Addr) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.guess == gateway {
-		p.guess = netip.Addr{}
-	}
-}
-
-// agreed returns the gateway that the hosts of a space have given a pool, if
-// they have, and refuses another one.
-func (i *IPAM) agreed(ctx context.Context, p *pool, want netip.Addr) (netip.Addr, error) {
-	t, _, err := i.shared.readTable(ctx, p.poolKey)
-	if err != nil {
-		return netip.Addr{}, fmt.Errorf("gateway of pool %s in space %s: %w", p.prefix, p.spaceName(), err)
-	}
-	tp := t.at(p.prefix)
-	if want.IsValid() && tp.Gateway.IsValid() && want != tp.Gateway {
-		return netip.Addr{}, fmt.Errorf("gateway %s of pool %s in space %s: host %s has given it %s: give the same on every host, or none",
-			want, p.prefix, p.spaceName(), tp.By, tp.Gateway)
-	}
-	if tp.Gateway.IsValid() {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		if !p.taken.has(tp.Gateway) {
-			p.take(tp.Gateway, heldClaim{claim: claim{Kind: kindGateway}})
-		}
-	}
-	return tp.Gateway, nil
-}
-
 // choose hands out the next free address.
 func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Addr, error) {
 	relisted, searched := !p.shared(), false
@@ -231,13 +174,13 @@ func (i *IPAM) choose(ctx context.Context, p *pool, r addressRequest) (netip.Add
 			p.mu.Unlock()
 			return netip.Addr{}, errPoolGone
 		}
-		if gw := p.gateway(); r.kind == kindGateway && gw.IsValid() && (p.space == GlobalSpace || p.adopted && !p.shared() || len(p.parts) > 1) && p.busy[gw] == nil {
+		if gw := p.gateway(r.id.sub); r.kind == kindGateway && gw.IsValid() && (p.space == GlobalSpace || p.adopted && !p.shared() || len(p.parts) > 1) && p.busy[gw] == nil {
 			defer p.mu.Unlock()
 			p.stale.remove(gw)
 			return gw, nil // the network has its gateway already
 		}
 		a, ok := p.next(r, i.now())
-		if gw := p.gateway(); r.kind == kindGateway && p.shared() && gw.IsValid() && p.busy[gw] == nil {
+		if gw := p.gateway(r.id.sub); r.kind == kindGateway && p.shared() && gw.IsValid() && p.busy[gw] == nil {
 			a, ok = gw, true // of a host that died before all had agreed on it
 		}
 		if !ok && !relisted {
@@ -405,17 +348,6 @@ func (p *pool) refuse(r addressRequest) error {
 // takenError is the refusal of an address that somebody has.
 type takenError struct{ error }
 
-// gateway returns the newest gateway, if any; p.mu is held.
-func (p *pool) gateway() netip.Addr {
-	var out netip.Addr
-	for a, rev := range p.gateways {
-		if !out.IsValid() || rev > p.gateways[out] {
-			out = a
-		}
-	}
-	return out
-}
-
 // write writes the record of an address that is marked as taken and, with b, busy,
 // and ends its being busy. doubtful: there may be a record from a write before.
 func (i *IPAM) write(ctx context.Context, p *pool, a netip.Addr, r addressRequest, b *busy, doubtful bool) error {
@@ -559,13 +491,23 @@ func (i *IPAM) free(ctx context.Context, p *pool, a netip.Addr, b *busy) error {
 	}
 	defer i.released(ctx, p, a)
 	defer p.mu.Unlock()
+	p.unmark(a)
+	p.idle(a, b)
+	return nil
+}
+
+// unmark has an address be free; p.mu is held.
+func (p *pool) unmark(a netip.Addr) {
 	p.taken.remove(a)
 	p.chosen.remove(a)
 	p.stale.remove(a)
-	delete(p.gateways, a)
+	if _, ok := p.gateways[a]; ok {
+		delete(p.gateways, a)
+		for n, o := range p.parts {
+			p.parts[n].gateways = slices.DeleteFunc(o.gateways, func(gw netip.Addr) bool { return gw == a })
+		}
+	}
 	delete(p.granted, a)
 	delete(p.awaited, a)
 	delete(p.mine, a)
-	p.idle(a, b)
-	return nil
 }

@@ -146,7 +146,7 @@ func parseSpaceKey(key string) (k poolKey, a netip.Addr, ok bool) {
 }
 
 // putPool implements home: a reference of this host.
-func (s *shared) putPool(ctx context.Context, p *pool) error {
+func (s *shared) putPool(ctx context.Context, p *pool, _ store.Batch) error {
 	if err := s.forget(ctx, p.owed()); err != nil {
 		return err
 	}

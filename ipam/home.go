@@ -13,8 +13,8 @@ import (
 // store.ErrExists where somebody else has it; what is dropped may be unknown.
 type home interface {
 	// putPool makes the record of a pool that no other goroutine changes, or
-	// replaces it.
-	putPool(ctx context.Context, p *pool) error
+	// replaces it. beside is as with putAddress.
+	putPool(ctx context.Context, p *pool, beside store.Batch) error
 	// dropPool deletes it with all addresses.
 	dropPool(ctx context.Context, k poolKey) error
 	// putAddress makes the record of an address. beside is written in the same
@@ -49,6 +49,9 @@ type poolRecord struct {
 	More []netip.Prefix `json:",omitempty"`
 	// Gave are the ranges whose networks gave the options, where there are several.
 	Gave []netip.Prefix `json:",omitempty"`
+	// Gateways are those that the network of each range asked for, where there are
+	// several; without it, as in older records, each has all.
+	Gateways map[netip.Prefix][]netip.Addr `json:",omitzero"`
 	// Options are those of the network, Reserved what was added to them by
 	// command: ADDRESS[,MAC] by name.
 	Options  map[string]string `json:",omitempty"`
@@ -65,7 +68,7 @@ type addressRecord struct {
 
 const recordVersion = 1
 
-func (d disk) putPool(ctx context.Context, p *pool) error {
+func (d disk) putPool(ctx context.Context, p *pool, beside store.Batch) error {
 	if err := d.findRev(ctx, p); err != nil {
 		return err
 	}
@@ -73,16 +76,21 @@ func (d disk) putPool(ctx context.Context, p *pool) error {
 	for _, o := range p.parts[1:] {
 		rec.More = append(rec.More, o.sub)
 	}
-	for _, o := range p.parts {
-		if o.gave && len(p.parts) > 1 {
-			rec.Gave = append(rec.Gave, o.sub)
+	if len(p.parts) > 1 {
+		rec.Gateways = map[netip.Prefix][]netip.Addr{}
+		for _, o := range p.parts {
+			rec.Gateways[o.sub] = o.gateways
+			if o.gave {
+				rec.Gave = append(rec.Gave, o.sub)
+			}
 		}
 	}
 	v, err := json.Marshal(rec)
 	if err != nil {
 		return err
 	}
-	r, err := d.store.Put(ctx, store.Record{Key: p.record(), Value: v, Rev: p.rev})
+	beside.Put = &store.Record{Key: p.record(), Value: v, Rev: p.rev}
+	r, err := d.store.Write(ctx, beside)
 	if err == nil {
 		p.rev = r.Rev
 	}

@@ -396,7 +396,7 @@ func (i *IPAM) addPool(ctx context.Context, id poolID, o poolOptions) error {
 	p := newPool(id)
 	p.opts, p.started, p.parts[0].gave = o, i.started, len(o.raw) > 0
 	p.reserve()
-	err := i.home(id.poolKey).putPool(ctx, p)
+	err := i.home(id.poolKey).putPool(ctx, p, store.Batch{})
 	switch {
 	case errors.Is(err, store.ErrUncertain):
 		// The engine takes it for refused and will not release it.

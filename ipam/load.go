@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net/netip"
 	"slices"
 	"strings"
@@ -57,6 +58,7 @@ func (i *IPAM) Load(ctx context.Context) error {
 			return fmt.Errorf("record %s: %w", r.Key, err)
 		}
 		for n, o := range p.parts {
+			p.parts[n].gateways = rec.Gateways[o.sub]
 			p.parts[n].gave = len(p.parts) == 1 && len(rec.Options) > 0 || slices.Contains(rec.Gave, o.sub)
 		}
 		p.rev = r.Rev
@@ -110,6 +112,12 @@ func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) (map[
 			orphans[k] = true
 			continue
 		}
+		if rec.Kind == kindGateway && !p.claimed(a) { // the process died before it was noted whose
+			if err := i.store.Delete(ctx, r.Key); err != nil {
+				return nil, err
+			}
+			continue
+		}
 		p.taken.add(a)
 		p.before.add(a)
 		i.history.adopt(k, a, rec)
@@ -128,6 +136,14 @@ func (i *IPAM) loadAddresses(ctx context.Context, pools map[poolKey]*pool) (map[
 		// Revisions grow, so the highest is the address chosen last.
 		if p.nextFit() && rec.Kind == kindAuto && r.Rev > newest[p] {
 			newest[p], p.cursor = r.Rev, a.Next()
+		}
+	}
+	for _, p := range pools {
+		for n, o := range p.parts {
+			if o.gateways == nil {
+				o.gateways = slices.Collect(maps.Keys(p.gateways))
+			}
+			p.parts[n].gateways = slices.DeleteFunc(o.gateways, func(a netip.Addr) bool { return p.gateways[a] == 0 })
 		}
 	}
 	for k := range orphans { // the process died while it released the pool

@@ -10,6 +10,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/weftnet/weft/internal/store"
 )
 
 // Order is what somebody asks for by `weft address`.
@@ -103,7 +105,7 @@ func (i *IPAM) orderRelease(ctx context.Context, p *pool, o Order) (string, erro
 		return "", errors.New("say which address to release")
 	}
 	p.mu.Lock()
-	taken, gateway := p.taken.has(o.Address), p.gateway() == o.Address
+	taken, gateway := p.taken.has(o.Address), p.gateway(netip.Prefix{}) == o.Address || p.router(o.Address)
 	other, foreign := p.others[o.Address]
 	p.mu.Unlock()
 	used, known := i.used(p.prefix)
@@ -290,7 +292,7 @@ func (i *IPAM) orderReserve(ctx context.Context, p *pool, o Order) (string, erro
 		switch {
 		case foreign && (b == nil || b.name != o.Name):
 			return fmt.Errorf("address %s of pool %s %w: choose another, or remove that container first", r.addr, p.prefix, &heldError{other})
-		case p.gateway() == r.addr, holder != "" && !endpoint:
+		case p.gateway(netip.Prefix{}) == r.addr, p.router(r.addr), holder != "" && !endpoint:
 			return fmt.Errorf("address %s of pool %s is %s of its network: choose another", r.addr, p.prefix, cmp.Or(holder, "the gateway"))
 		case option.IsValid():
 			return fmt.Errorf("%s has %s by the network's option reserve.%s: make the network again to change it", o.Name, option, o.Name)
@@ -336,7 +338,7 @@ func (i *IPAM) putReserved(ctx context.Context, p *pool, change func(map[string]
 	if err != nil {
 		return err
 	}
-	err = i.home(p.poolKey).putPool(ctx, next)
+	err = i.home(p.poolKey).putPool(ctx, next, store.Batch{})
 	p.mu.Lock()
 	p.rev = next.rev
 	if err != nil {

@@ -16,12 +16,13 @@ import (
 // modelPool is a pool as a person would keep it on paper.
 type modelPool struct {
 	key      poolKey
-	parts    []netip.Prefix        // the ranges of its networks, in the order of their requests
-	idle     map[netip.Prefix]bool // of those: not used since the restart
-	gave     map[netip.Prefix]bool // of those: with options
-	taken    map[netip.Addr]int    // the number of the grant; negative when not chosen by us
-	last     netip.Addr            // chosen last
-	gateways []netip.Addr          // newest last
+	parts    []netip.Prefix                       // the ranges of its networks, in the order of their requests
+	idle     map[netip.Prefix]bool                // of those: not used since the restart
+	gave     map[netip.Prefix]bool                // of those: with options
+	taken    map[netip.Addr]int                   // the number of the grant; negative when not chosen by us
+	last     netip.Addr                           // chosen last
+	gateways []netip.Addr                         // newest last
+	asked    map[netip.Prefix]map[netip.Addr]bool // which gateways each range's network asked for
 	stale    map[netip.Addr]bool
 	adopted  bool
 	// unconfirmed by the swarm's allocator that is in office
@@ -42,7 +43,7 @@ type modelBack struct {
 }
 
 func newModelPool(id poolID, o poolOptions) *modelPool {
-	return &modelPool{key: id.poolKey, parts: []netip.Prefix{id.sub}, idle: map[netip.Prefix]bool{}, gave: map[netip.Prefix]bool{id.sub: len(o.raw) > 0}, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, backs: map[netip.Addr]modelBack{}, before: map[netip.Addr]bool{}, names: map[string]netip.Addr{}}
+	return &modelPool{key: id.poolKey, parts: []netip.Prefix{id.sub}, idle: map[netip.Prefix]bool{}, gave: map[netip.Prefix]bool{id.sub: len(o.raw) > 0}, asked: map[netip.Prefix]map[netip.Addr]bool{id.sub: {}}, opts: o, taken: map[netip.Addr]int{}, since: map[netip.Addr]time.Time{}, backs: map[netip.Addr]modelBack{}, before: map[netip.Addr]bool{}, names: map[string]netip.Addr{}}
 }
 
 // keeper is the name that an address is kept for, and whether it is reserved.
@@ -166,6 +167,11 @@ func (m *model) requestPool(id poolID, o poolOptions) bool {
 	net := m.held[id.prefix]
 	if id.space == GlobalSpace || len(net) == 25 {
 		p.parts = []netip.Prefix{id.sub}
+		p.asked[id.sub] = map[netip.Addr]bool{}
+		for _, a := range p.gateways {
+			p.asked[id.sub][a] = true
+		}
+		p.part()
 	} else {
 		// Whoever is in the way goes if nobody needs it.
 		var stay []netip.Prefix
@@ -190,6 +196,13 @@ func (m *model) requestPool(id poolID, o poolOptions) bool {
 			}
 		}
 		p.parts = append(stay, id.sub)
+		p.asked[id.sub] = map[netip.Addr]bool{}
+		for _, a := range p.gateways {
+			if len(stay) == 0 {
+				p.asked[id.sub][a] = true
+			}
+		}
+		p.part()
 	}
 	delete(p.idle, id.sub)
 	p.opts, p.gave[id.sub] = o, len(o.raw) > 0
@@ -221,7 +234,7 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 	}
 	if k := p.key; k.space == LocalSpace && !slices.ContainsFunc(p.parts, func(sub netip.Prefix) bool { return overlap(sub, r.id.sub) }) {
 		p.parts = append(p.parts, r.id.sub) // lost, and taken up again
-		p.gave[r.id.sub] = false
+		p.gave[r.id.sub], p.asked[r.id.sub] = false, map[netip.Addr]bool{}
 	}
 	if _, taken := p.taken[r.want]; r.kind == kindGateway && !taken {
 		if _, reserved := p.keeper(r.want); reserved {
@@ -268,6 +281,10 @@ func (m *model) requestAddress(r addressRequest) (netip.Addr, bool) {
 	}
 	n := m.n
 	got, ok := m.grant(p, r)
+	if ok && r.kind == kindGateway && slices.Contains(p.gateways, got) {
+		at := slices.IndexFunc(p.parts, func(sub netip.Prefix) bool { return overlap(sub, r.id.sub) })
+		p.asked[p.parts[max(at, 0)]][got] = true
+	}
 	if !ok || m.n == n { // not handed out, or once more
 		return got, ok
 	}
@@ -291,9 +308,9 @@ func (m *model) grant(p *modelPool, r addressRequest) (netip.Addr, bool) {
 	}
 	a := r.want
 	if !a.IsValid() {
-		if n := len(p.gateways); r.kind == kindGateway && n > 0 && (p.adopted || r.id.space == GlobalSpace || len(p.parts) > 1) {
-			delete(p.stale, p.gateways[n-1])
-			return p.gateways[n-1], true
+		if gw := p.gateway(r.id.sub); r.kind == kindGateway && gw.IsValid() && (p.adopted || r.id.space == GlobalSpace || len(p.parts) > 1) {
+			delete(p.stale, gw)
+			return gw, true
 		}
 		first, last := r.id.auto()
 		var order []netip.Addr
@@ -381,6 +398,9 @@ func (m *model) releaseAddress(id poolID, a netip.Addr) {
 		delete(p.taken, a)
 		delete(p.stale, a)
 		p.gateways = slices.DeleteFunc(p.gateways, func(g netip.Addr) bool { return g == a })
+		for _, asked := range p.asked {
+			delete(asked, a)
+		}
 	}
 }
 
@@ -396,6 +416,8 @@ func (m *model) releasePool(id poolID) {
 		return
 	case 0:
 		delete(m.pools, id.poolKey)
+	default:
+		p.part()
 	}
 	for name, a := range p.names {
 		if _, taken := p.taken[a]; id.sub.Contains(a) && !taken && !strings.HasPrefix(name, fixedPrefix) {
@@ -405,6 +427,34 @@ func (m *model) releasePool(id poolID) {
 	}
 	if !slices.ContainsFunc(p.parts, func(sub netip.Prefix) bool { return p.gave[sub] }) {
 		p.opts = plain
+	}
+}
+
+// gateway is what a network has that types none.
+func (p *modelPool) gateway(sub netip.Prefix) (gw netip.Addr) {
+	for _, sub := range append([]netip.Prefix{sub}, p.parts...) {
+		for _, a := range p.gateways {
+			if p.asked[sub][a] || len(p.parts) == 1 {
+				gw = a
+			}
+		}
+		if gw.IsValid() {
+			break
+		}
+	}
+	return gw
+}
+
+// part takes away the gateways that none of the networks asked for.
+func (p *modelPool) part() {
+	maps.DeleteFunc(p.asked, func(sub netip.Prefix, _ map[netip.Addr]bool) bool { return !slices.Contains(p.parts, sub) })
+	gone := slices.DeleteFunc(slices.Clone(p.gateways), func(a netip.Addr) bool {
+		return slices.ContainsFunc(p.parts, func(sub netip.Prefix) bool { return p.asked[sub][a] })
+	})
+	for _, a := range gone {
+		delete(p.taken, a)
+		delete(p.stale, a)
+		p.gateways = slices.DeleteFunc(p.gateways, func(g netip.Addr) bool { return g == a })
 	}
 }
 

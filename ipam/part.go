@@ -8,6 +8,8 @@ import (
 	"slices"
 
 	"go4.org/netipx"
+
+	"github.com/weftnet/weft/internal/store"
 )
 
 // part is what one network has of a pool: the range that its addresses are chosen
@@ -21,6 +23,9 @@ type part struct {
 	adoptable bool
 	releasing bool // ReleasePool came
 	gave      bool // its network gave the pool's options, perhaps as others did
+	// gateways are those of the pool that its network asked for, in the local space
+	// alone. Another network may have asked for the same.
+	gateways []netip.Addr
 }
 
 // meets reports whether two ranges of one pool have an address in common.
@@ -46,7 +51,7 @@ func (p *pool) idleParts() {
 }
 
 // router reports whether an address is the gateway of a pool that networks share:
-// each may ask for it, and none can give it back alone; p.mu is held.
+// each may ask for it, and it goes with the last that did; p.mu is held.
 func (p *pool) router(a netip.Addr) bool {
 	_, ok := p.gateways[a]
 	return ok && len(p.parts) > 1
@@ -68,7 +73,11 @@ func (p *pool) lacks(id poolID) bool {
 
 // draft is a pool as it is to be written, with other parts; p.mu is held.
 func (p *pool) draft(parts []part) *pool {
-	return &pool{poolKey: p.poolKey, parts: slices.Clone(parts), opts: p.opts, added: p.added, rev: p.rev}
+	next := &pool{poolKey: p.poolKey, parts: slices.Clone(parts), opts: p.opts, added: p.added, rev: p.rev}
+	for n, o := range next.parts {
+		next.parts[n].gateways = append([]netip.Addr{}, o.gateways...)
+	}
+	return next
 }
 
 // room returns the parts of the pool with a further one, or which is in its way.
@@ -93,9 +102,23 @@ func (p *pool) room(sub netip.Prefix, networks int) (parts []part, way *part) {
 }
 
 // put writes a draft of the pool and takes its parts over: fresh is the new one, and
-// the others are as they are by now. The caller holds changes.
+// the others are as they are by now. Gateways that no network has any more go in the
+// same write. The caller holds changes.
 func (i *IPAM) put(ctx context.Context, p, draft *pool, fresh netip.Prefix) error {
-	err := i.home(p.poolKey).putPool(ctx, draft)
+	var beside, past store.Batch
+	var spare []netip.Addr
+	if p.space == LocalSpace {
+		p.mu.Lock()
+		spare = p.spare(draft.parts)
+		p.mu.Unlock()
+	}
+	for _, a := range spare {
+		b := i.history.end(p.poolKey, a, i.now())
+		past.Delete, past.Set = append(past.Delete, b.Delete...), append(past.Set, b.Set...)
+		beside.Delete = append(beside.Delete, p.address(a))
+	}
+	beside.Delete, beside.Set = append(beside.Delete, past.Delete...), past.Set
+	err := i.home(p.poolKey).putPool(ctx, draft, beside)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if err != nil {
@@ -106,6 +129,13 @@ func (i *IPAM) put(ctx context.Context, p, draft *pool, fresh netip.Prefix) erro
 		at := slices.IndexFunc(p.parts, func(have part) bool { return have.sub == o.sub && o.sub != fresh })
 		if at >= 0 {
 			draft.parts[n] = p.parts[at]
+		}
+	}
+	for _, a := range spare {
+		i.history.ended(p.poolKey, a)
+		if b := p.busy[a]; b == nil || b.queued { // else it is being freed just now
+			p.unmark(a)
+			delete(p.busy, a)
 		}
 	}
 	p.parts, p.rev = draft.parts, draft.rev
@@ -132,6 +162,10 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 	}
 	next, joins := p.draft(parts), len(parts) > 1
 	next.parts[len(parts)-1].gave = len(r.opts.raw) > 0
+	if !joins {
+		next.parts[0].gateways = slices.Collect(maps.Keys(p.gateways))
+	}
+	spare := p.spare(next.parts)
 	switch {
 	case !joins:
 		next.opts = r.opts
@@ -140,7 +174,7 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 		}
 	case len(p.opts.raw) == 0:
 		for name, o := range r.opts.reserved {
-			if _, gateway := p.gateways[o.addr]; gateway {
+			if _, gateway := p.gateways[o.addr]; gateway && !slices.Contains(spare, o.addr) {
 				defer p.mu.Unlock()
 				return fmt.Errorf("ipam option %s%s=%s: it is the gateway of a network that shares subnet %s: choose another", reserveOption, name, o, p.prefix)
 			}
@@ -151,7 +185,7 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 		return fmt.Errorf("subnet %s is shared with a network that has %s, and here it is to have %s: give the same --ipam-opt, or none", p.prefix, optionsText(p.opts.raw), optionsText(r.opts.raw))
 	}
 	same := slices.EqualFunc(p.parts, next.parts, func(a, b part) bool { return a.sub == b.sub && a.gave == b.gave }) &&
-		maps.Equal(p.opts.raw, next.opts.raw) && len(p.added) == len(next.added) && p.rev != 0
+		len(spare) == 0 && maps.Equal(p.opts.raw, next.opts.raw) && len(p.added) == len(next.added) && p.rev != 0
 	p.mu.Unlock()
 	if !same {
 		if err := i.put(ctx, p, next, r.sub); err != nil {

@@ -77,6 +77,50 @@ func TestTwoRanges(t *testing.T) {
 			addr @A 10.1.0.254 -> error: …in use by the gateway…
 			addr @A 10.1.0.7 -> 10.1.0.7/24
 			gw @B 10.1.0.7 -> error: …is in use…`,
+		"another gateway goes with its network": `
+			unpool @B -> ok
+			pool local 10.1.0.0/24 sub 10.1.0.128/25 -> @B
+			gw @B 10.1.0.254 -> 10.1.0.254/24
+			hold A B
+			pool local 10.1.0.0/24 sub 10.1.0.0/27 -> weft-local,10.1.0.0/24,10.1.0.0/27
+			gw weft-local,10.1.0.0/24,10.1.0.0/27 -> 10.1.0.1/24
+			gw @B -> 10.1.0.254/24
+			gw @A -> 10.1.0.1/24
+			restart
+			gw @A -> 10.1.0.1/24
+			gw @B -> 10.1.0.254/24
+			free @B 10.1.0.254 -> ok
+			unpool @B -> ok
+			addr @A 10.1.0.254 -> 10.1.0.254/24
+			restart
+			addr @A 10.1.0.254 -> error: address 10.1.0.254 of pool 10.1.0.0/24 is in use: …`,
+		"another gateway stays while a network has it": `
+			gw @B 10.1.0.254 -> 10.1.0.254/24
+			pool local 10.1.0.0/24 sub 10.1.0.0/27 -> weft-local,10.1.0.0/24,10.1.0.0/27
+			gw weft-local,10.1.0.0/24,10.1.0.0/27 10.1.0.254 -> 10.1.0.254/24
+			restart
+			unpool @B -> ok
+			addr @A 10.1.0.254 -> error: …is in use by the gateway…
+			unpool weft-local,10.1.0.0/24,10.1.0.0/27 -> ok
+			addr @A 10.1.0.254 -> 10.1.0.254/24
+			addr @A 10.1.0.1 -> error: …is in use by the gateway…`,
+		"the first's gateway goes with it": `
+			unpool @B -> ok
+			pool local 10.1.0.0/24 sub 10.1.0.128/25 -> @B
+			gw @B 10.1.0.254 -> 10.1.0.254/24
+			hold A B
+			unpool @A -> ok
+			addr @B 10.1.0.1 -> 10.1.0.1/24
+			hold B
+			pool local 10.1.0.0/24 sub 10.1.0.64/26 -> @A
+			gw @A -> 10.1.0.254/24`,
+		"a gateway of a network that was never made": `
+			gw @B 10.1.0.254 -> 10.1.0.254/24
+			hold A
+			restart
+			pool local 10.1.0.0/24 sub 10.1.0.128/25 reserve.web=10.1.0.254 -> @B
+			gw @B -> 10.1.0.1/24
+			addr @B 10.1.0.254 for web -> 10.1.0.254/24`,
 		"the first goes first": `
 			addr @A -> 10.1.0.64/24
 			addr @B 10.1.0.65 -> 10.1.0.65/24
@@ -247,11 +291,15 @@ func TestRangesOnDisk(t *testing.T) {
 }
 
 // TestFailedRanges makes each step of a second range's coming and going fail: the
-// first network keeps all that it has, Run finishes what was released, and another
-// try succeeds.
+// first network keeps all that it has, Run finishes what was released, a gateway that
+// only the second one asked for goes with it, and another try succeeds.
 func TestFailedRanges(t *testing.T) {
 	for _, mode := range []string{"fail", "uncertain before", "uncertain after", "crash before", "crash after"} {
-		for at := range 5 {
+		for n := range 13 {
+			at, gateway, calls := n, "10.1.0.1", 5
+			if n > calls {
+				at, gateway, calls = n-6, "10.1.0.254", 6
+			}
 			h := newHouse(t)
 			a := h.do("pool local 10.1.0.0/24 sub 10.1.0.64/26")
 			h.do("gw " + a + " 10.1.0.1")
@@ -261,15 +309,15 @@ func TestFailedRanges(t *testing.T) {
 			h.store = f
 			b := h.do("pool local 10.1.0.0/24 sub 10.1.0.128/25")
 			if !strings.HasPrefix(b, "error") {
-				h.do("gw " + b + " 10.1.0.1")
+				h.do("gw " + b + " " + gateway)
 				h.do("addr " + b)
 				h.do("free " + b + " 10.1.0.128")
-				h.do("free " + b + " 10.1.0.1")
+				h.do("free " + b + " " + gateway)
 				h.do("unpool " + b)
 			}
 			f.at = -1
-			if hit := f.n > at; hit != (at < 4) {
-				t.Errorf("%s at %d: %d calls", mode, at, f.n)
+			if hit := f.n > at; hit != (at < calls) {
+				t.Errorf("%s at %d of %d: %d calls", mode, at, calls, f.n)
 			}
 			if strings.HasPrefix(mode, "crash") {
 				h.restart()
@@ -290,6 +338,9 @@ func TestFailedRanges(t *testing.T) {
 			h.networks = 2
 			if got := h.do("gw " + id + " 10.1.0.1"); got != "10.1.0.1/24" {
 				t.Errorf("%s at %d: gateway again: %s", mode, at, got)
+			}
+			if got := h.do("addr " + a + " 10.1.0.254"); got != "10.1.0.254/24" {
+				t.Errorf("%s at %d: %s was left: %s", mode, at, gateway, got)
 			}
 			h.do("unpool " + id)
 			h.do("unpool " + a)

@@ -119,7 +119,7 @@ func (i *IPAM) Status(ctx context.Context) Status {
 		for _, o := range p.parts[1:] {
 			st.MoreSubPools = append(st.MoreSubPools, o.sub.String())
 		}
-		if gw := p.gateway(); gw.IsValid() {
+		if gw := p.gateway(p.parts[0].sub); gw.IsValid() {
 			st.Gateway = gw.String()
 		}
 		lost := p.expire(i.now())

@@ -514,7 +514,7 @@ func (i *IPAM) restore(ctx context.Context, c cleanup) error {
 		p.mu.Lock()
 		next := p.draft(p.parts)
 		p.mu.Unlock()
-		return i.shared.putPool(ctx, next)
+		return i.shared.putPool(ctx, next, store.Batch{})
 	}
 	p.mu.Lock()
 	if _, mine := p.mine[c.addr]; !mine || p.closed || p.busy[c.addr] != nil {
