@@ -26,7 +26,7 @@ type records interface {
 // Config is what New needs.
 type Config struct {
 	Store records
-	// Host returns the host's routes and addresses, and its resolvers as
+	// Host returns the host's routes, its addresses, not masked, and its resolvers as
 	// prefixes of one address. Automatic pools overlap none of them.
 	Host func(context.Context) ([]netip.Prefix, error)
 	// Holder returns the ID of the network of our own driver that uses

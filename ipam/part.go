@@ -153,11 +153,14 @@ func (i *IPAM) again(ctx context.Context, p *pool, r poolRequest) error {
 	if !swarms {
 		var way *part
 		if parts, way = p.room(r.sub, networks); way != nil {
-			defer p.mu.Unlock()
 			if len(p.parts) > 1 { // whose each is nobody knows
 				by, gone = "", ""
 			}
-			return p.inTheWay(r.sub, *way, by, gone)
+			p.mu.Unlock()
+			host, _ := i.host(ctx) // for what is suggested alone
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			return p.inTheWay(r.sub, *way, by, gone, host)
 		}
 	}
 	next, joins := p.draft(parts), len(parts) > 1
@@ -321,8 +324,8 @@ func (i *IPAM) by(p *pool) (by, gone string) {
 }
 
 // inTheWay says which part of a pool is in the way of a wanted range of it; p.mu is
-// held. by and gone are what [IPAM.by] says.
-func (p *pool) inTheWay(sub netip.Prefix, way part, by, gone string) error {
+// held. by and gone are what [IPAM.by] says, host what Config.Host does.
+func (p *pool) inTheWay(sub netip.Prefix, way part, by, gone string, host []netip.Prefix) error {
 	const remove = "choose another subnet, or remove the network that has it"
 	switch {
 	case p.shared() && sub.IsValid():
@@ -335,13 +338,32 @@ func (p *pool) inTheWay(sub netip.Prefix, way part, by, gone string) error {
 		return fmt.Errorf("subnet %s is in use%s, without an --ip-range: %s%s; to share it on one parent, make that network again with an --ip-range beside %s", p.prefix, by, remove, gone, sub)
 	}
 	beside := "one beside it"
-	if b := sibling(way.sub); !slices.ContainsFunc(p.parts, func(o part) bool { return o.meets(b) }) {
+	if b := p.beside(way.sub, host); b.IsValid() {
 		beside = "such as " + b.String()
 	}
 	if !sub.IsValid() {
 		return fmt.Errorf("subnet %s is in use%s, with --ip-range %s: choose another subnet%s, or, to share it on the same parent, add an --ip-range, %s", p.prefix, by, way.sub, gone, beside)
 	}
 	return fmt.Errorf("ip-range %s of subnet %s overlaps %s, which is in use%s: choose another --ip-range, %s%s", sub, p.prefix, way.sub, by, beside, gone)
+}
+
+// beside is a range that no network has: the other half of what a range is a half of,
+// or of what that is one of, if possible without a gateway or an address of the host;
+// p.mu is held.
+func (p *pool) beside(sub netip.Prefix, host []netip.Prefix) (found netip.Prefix) {
+	for ; sub.Bits() > p.prefix.Bits(); sub = netip.PrefixFrom(sub.Addr(), sub.Bits()-1).Masked() {
+		b := sibling(sub)
+		used := func(a netip.Addr) bool { return b.Contains(a) }
+		switch {
+		case slices.ContainsFunc(p.parts, func(o part) bool { return o.meets(b) }):
+		case !slices.ContainsFunc(slices.Collect(maps.Keys(p.gateways)), used) &&
+			!slices.ContainsFunc(host, func(h netip.Prefix) bool { return (h.IsSingleIP() || h != h.Masked()) && used(h.Addr()) }):
+			return b
+		case !found.IsValid():
+			found = b
+		}
+	}
+	return found
 }
 
 // sibling is the other half of the range that p is a half of; of the zero range the

@@ -28,6 +28,9 @@ func TestTwoRanges(t *testing.T) {
 			case "restart":
 				h.restart()
 				continue
+			case "host":
+				h.host = []netip.Prefix{netip.MustParsePrefix(f[1])}
+				continue
 			case "hold":
 				h.hold("10.1.0.0/24", localID)
 				h.networks = len(f) - 1
@@ -147,6 +150,16 @@ func TestTwoRanges(t *testing.T) {
 			addr @A -> 10.1.0.64/24
 			free @A 10.1.0.64 -> ok
 			addr @A -> 10.1.0.65/24`,
+		"what is suggested is free of the gateway": `
+			unpool @B -> ok
+			pool local 10.1.0.0/24 -> error: …add an --ip-range, such as 10.1.0.128/25
+			free @A 10.1.0.1 -> ok
+			gw @A 10.1.0.200 -> 10.1.0.200/24
+			pool local 10.1.0.0/24 sub 10.1.0.64/26 -> error: …choose another --ip-range, such as 10.1.0.0/26
+			host 10.1.0.5/24
+			pool local 10.1.0.0/24 sub 10.1.0.64/26 -> error: …choose another --ip-range, such as 10.1.0.0/26
+			free @A 10.1.0.200 -> ok
+			pool local 10.1.0.0/24 sub 10.1.0.64/26 -> error: …choose another --ip-range, such as 10.1.0.128/25`,
 		"its network was never made": `
 			hold A
 			restart

@@ -22,7 +22,7 @@ const defaultMTU = 1500
 
 // InUse lists what the host uses and a new subnet must therefore not overlap:
 // destinations of routes in all tables (default routes excepted), its own
-// addresses with their subnets, and its name servers.
+// addresses with their subnets' lengths, not masked, and its name servers.
 func (k *Kernel) InUse(ctx context.Context) ([]netip.Prefix, error) {
 	routes, err := k.links.routes(ctx, unix.RT_TABLE_UNSPEC)
 	if err != nil {
@@ -45,9 +45,7 @@ func (k *Kernel) InUse(ctx context.Context) ([]netip.Prefix, error) {
 		return nil, err
 	}
 	for _, list := range addrs {
-		for _, p := range list {
-			out = append(out, p.Masked())
-		}
+		out = append(out, list...)
 	}
 	servers, err := nameServers(k.resolvConf)
 	if err != nil {

@@ -606,7 +606,7 @@ func TestInUse(t *testing.T) {
 	}
 	got = slices.DeleteFunc(got, func(p netip.Prefix) bool { return p.Addr().IsLoopback() })
 	want := []netip.Prefix{prefix("10.20.0.0/16"), prefix("10.30.0.0/16"), prefix("10.40.0.0/16"), prefix("192.0.2.0/24"),
-		prefix("198.51.100.53/32"), prefix("fd09::/64"), prefix("fd10::/48"), prefix("fe80::1/128")}
+		prefix("192.0.2.5/24"), prefix("198.51.100.53/32"), prefix("fd09::/64"), prefix("fd09::5/64"), prefix("fd10::/48"), prefix("fe80::1/128")}
 	if d := cmp.Diff(want, got, cmpopts.EquateComparable(netip.Prefix{})); d != "" {
 		t.Errorf("in use (-want +got):\n%s", d)
 	}
