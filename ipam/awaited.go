@@ -38,10 +38,9 @@ func (i *IPAM) await(r addressRequest, a netip.Addr) {
 }
 
 // abandon frees the address of the other family that was handed out for an endpoint
-// whose address of this one was just refused. The engine asks for the addresses of
-// one network's endpoints one after the other, so that it is the one that waits there;
-// where another network has the same subnet there may be two, which are left to
-// forsake.
+// whose address of this one was just refused. The engine makes one network's endpoints
+// one after the other, so that it is the one that no endpoint has; where another
+// network has the same subnet there may be two, which are left to forsake.
 func (i *IPAM) abandon(ctx context.Context, r addressRequest, asked time.Time) {
 	id, held := i.holder(r.id.prefix)
 	if !held || swarm(id) || r.kind == kindGateway || !r.id.named() {
@@ -63,9 +62,10 @@ func (i *IPAM) abandon(ctx context.Context, r addressRequest, asked time.Time) {
 		if other, held := i.holder(s.prefix); !held || other != id {
 			continue
 		}
+		lost := i.endless(s) // not under the lock: it asks the driver
 		s.mu.Lock()
 		for b, at := range s.awaited {
-			if d := asked.Sub(at); d >= 0 && d <= siblingTime {
+			if d := asked.Sub(at); d >= 0 && d <= siblingTime && lost(b) {
 				p, a, since = s, b, at
 				n++
 			}
