@@ -16,8 +16,10 @@ type peer struct {
 	nodes []memberlist.Node    // its members that are there, the newest last
 	came  map[string]time.Time // since when, by their names
 	name  string
-	dirty bool      // something changed since it was last looked at
-	next  time.Time // when to look at it if nothing changes
+	// passes says that it passes on what is for others.
+	passes bool
+	dirty  bool      // something changed since it was last looked at
+	next   time.Time // when to look at it if nothing changes
 
 	// What is said until it is answered: first a query.
 	greeted bool              // one was answered since the host is there

@@ -15,6 +15,9 @@ import (
 type meta struct {
 	Host string `json:"host"`
 	Name string `json:"name"`
+	// Passes says that it passes on what is for others. A host of an older release takes
+	// that for its own.
+	Passes bool `json:"passes,omitempty"`
 }
 
 // delegate is what memberlist calls.
@@ -22,7 +25,7 @@ type delegate struct{ *Gossip }
 
 // NodeMeta is part of memberlist.Delegate.
 func (g delegate) NodeMeta(int) []byte {
-	b, _ := json.Marshal(meta{Host: g.id, Name: g.name}) // two strings
+	b, _ := json.Marshal(meta{Host: g.id, Name: g.name, Passes: true}) // it cannot fail
 	return b
 }
 
@@ -114,7 +117,7 @@ func (g delegate) NotifyJoin(n *memberlist.Node) {
 	}
 	p.nodes = append(p.nodes, *n)
 	p.came[n.Name] = time.Now()
-	p.name, p.dirty = m.Name, true
+	p.name, p.passes, p.dirty = m.Name, m.Passes, true
 	g.table.Heard(m.Host, m.Name)
 	wake(g.wake)
 }
@@ -125,7 +128,7 @@ func (g delegate) NotifyUpdate(n *memberlist.Node) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if p := g.peers[m.Host]; ok && p != nil && !g.ended {
-		p.name = m.Name
+		p.name, p.passes = m.Name, m.Passes
 		g.table.Heard(m.Host, m.Name)
 	}
 }

@@ -96,7 +96,7 @@ func (g *Gossip) detours(m message, to, via string, stuck bool) (list []letter) 
 func (g *Gossip) between(to string) (ids []string) {
 	limit := g.directLimit()
 	for id, p := range g.peers {
-		if id != to && len(p.nodes) > 0 && time.Since(p.direct) <= limit {
+		if id != to && len(p.nodes) > 0 && p.passes && time.Since(p.direct) <= limit {
 			ids = append(ids, id)
 		}
 	}

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/hashicorp/memberlist"
 )
 
 // TestGossipDeadPair: two hosts that hear each other only through a third know at once
@@ -105,4 +107,21 @@ func TestPassOn(t *testing.T) {
 		t.Errorf("%d messages wait", n)
 	}
 	between.passing = nil
+}
+
+// TestDetoursByOldHosts: a host of an older release takes what it is to pass on for its
+// own, and the versions that are confirmed in it for those of its parts.
+func TestDetoursByOldHosts(t *testing.T) {
+	w := newWires()
+	nodes := w.cluster(t, 4)
+	a, old, far := nodes[0], nodes[1], nodes[3]
+	n := memberlist.Node{Name: memberName(old.id, old.addr), Addr: old.addr.AsSlice(), Meta: []byte(`{"host":"` + old.id + `","name":"old"}`)}
+	delegate{a.Gossip}.NotifyUpdate(&n)
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for range 50 {
+		if ways := a.between(far.id); len(ways) != 1 || ways[0] != nodes[2].id {
+			t.Fatalf("what is for %s goes by %q, want %s alone", far.id, ways, nodes[2].id)
+		}
+	}
 }
