@@ -45,6 +45,7 @@ type tunnels struct {
 	every time.Duration
 
 	mu    sync.Mutex
+	round int // how often look was called
 	hosts map[string]*tunnelled
 	links map[string]uint32 // VNIs that something is said through, by tunnel
 }
@@ -70,6 +71,7 @@ func newTunnels(self string, every time.Duration) *tunnels {
 func (x *tunnels) look(peers []Peer, nets map[uint32]driver.Network, now time.Time) (links []string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	x.round++
 	there := map[string]bool{}
 	for _, p := range peers {
 		if !p.Silent.IsZero() || p.Unheard || len(p.Networks) == 0 {
@@ -113,12 +115,17 @@ func (x *tunnels) say(link string) []byte {
 		}
 		any = true
 		t.Sent++
-		if now.Sub(t.heard) <= beatLimit*x.every && len(hear) < mostBeatHosts { // a map has another order each time
+		if now.Sub(t.heard) <= beatLimit*x.every {
 			hear = append(hear, beatID(id))
 		}
 	}
 	if !any {
 		return nil
+	}
+	slices.Sort(hear)
+	if n := len(hear); n > mostBeatHosts {
+		first := x.round * mostBeatHosts % n
+		hear = slices.Concat(hear[first:], hear[:first])[:mostBeatHosts]
 	}
 	b := appendText([]byte{beatVersion}, x.self)
 	b = binary.BigEndian.AppendUint16(b, uint16(len(hear)))
@@ -174,9 +181,11 @@ func (x *tunnels) of(id string) *Tunnel {
 func (x *tunnels) troubles(now time.Time) (list []Trouble) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	const per = mostBeatHosts
+	limit, turns := beatLimit*x.every, max(1, (len(x.hosts)+per-1)/per)
 	for _, t := range x.hosts {
 		heard, answered := latestOf(t.began, t.heard), latestOf(t.began, t.answered)
-		deaf, mute := now.Sub(heard) > beatLimit*x.every, now.Sub(answered) > beatLimit*x.every
+		deaf, mute := now.Sub(heard) > limit, now.Sub(answered) > limit*time.Duration(turns)
 		if !deaf && !mute {
 			continue
 		}
@@ -184,9 +193,12 @@ func (x *tunnels) troubles(now time.Time) (list []Trouble) {
 		if deaf {
 			what, since = "its packets do not arrive here", heard
 		}
-		list = append(list, Trouble{Peer: t.name, Since: since.UTC(), Reason: fmt.Sprintf(
-			"containers' traffic: %s (sent %d, received %d, answered %d): is UDP %d open on both hosts, there at %s?",
-			what, t.Sent, t.Received, t.Answered, t.port, t.vtep)})
+		why := fmt.Sprintf("containers' traffic: %s (sent %d, received %d, answered %d): is UDP %d open on both hosts, there at %s?",
+			what, t.Sent, t.Received, t.Answered, t.port, t.vtep)
+		if t.Received == 0 {
+			why += " An older release of weft there says nothing that could arrive"
+		}
+		list = append(list, Trouble{Peer: t.name, Since: since.UTC(), Reason: why})
 	}
 	slices.SortFunc(list, func(a, b Trouble) int { return cmp.Compare(a.Peer, b.Peer) })
 	return list
