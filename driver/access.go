@@ -44,12 +44,16 @@ func (d *Driver) openAccess(ctx context.Context, id string) error {
 
 // arrive is what Join does for an endpoint on a parent: from now on its link is
 // the container's, and it is given the way back to the host if the host is to
-// reach it.
+// reach it. On a bridge of the host's only the sandbox is noted; see beside.go.
 func (d *Driver) arrive(ctx context.Context, n *network, e *endpoint, sandbox string) error {
-	if !n.rec.onParent() {
-		return nil
-	}
 	rec := e.rec
+	if !n.rec.onParent() {
+		if rec.Sandbox == sandbox || !n.rec.isLAN() {
+			return nil
+		}
+		rec.Sandbox = sandbox
+		return d.save(ctx, e, rec)
+	}
 	rec.Joined, rec.Sandbox, rec.Reach, rec.Host = true, sandbox, n.rec.Access, nil
 	if n.rec.Options.HostAccess {
 		var err error

@@ -11,7 +11,8 @@ import (
 // A container that is on a LAN and leaves by a bridge would answer clients on that
 // LAN by its own link there, past the host that translated their packets to its
 // published port. So they come from the host's address on the bridge, and an
-// endpoint with published ports has to know the LANs of its container's others.
+// endpoint with published ports has to know the LANs of its container's others. On a
+// bridge that exists they always do.
 
 // regroup keeps the table of endpoints by the container's sandbox; either name may
 // be "". d.mu is held.
@@ -30,13 +31,13 @@ func (d *Driver) regroup(e *endpoint, from, to string) {
 	}
 }
 
-// lans are the subnets of the parents that a sandbox hangs on, the widest of those
+// lans are the subnets of the LAN networks that a sandbox is on, the widest of those
 // that overlap. d.mu is held.
 func (d *Driver) lans(sandbox string) []netip.Prefix {
 	var all []netip.Prefix
 	for _, e := range d.mates[sandbox] {
 		n := d.networks[e.rec.Network]
-		if n == nil || !n.rec.onParent() || !e.rec.Joined || e.doomed {
+		if n == nil || !n.rec.isLAN() || n.rec.onParent() && !e.rec.Joined || e.doomed {
 			continue
 		}
 		for _, s := range n.rec.Subnets {
@@ -82,7 +83,7 @@ func (d *Driver) findMates() {
 	}
 	for _, n := range d.networks {
 		for _, e := range n.endpoints {
-			if e.rec.Sandbox != "" && !n.rec.onParent() {
+			if e.rec.Sandbox != "" && !n.rec.isLAN() {
 				e.beside = d.lans(e.rec.Sandbox)
 			}
 		}
@@ -97,7 +98,7 @@ func (d *Driver) tellMates(ctx context.Context, sandbox string) {
 	d.mu.Lock()
 	lans := d.lans(sandbox)
 	for _, e := range d.mates[sandbox] {
-		if n := d.networks[e.rec.Network]; n != nil && !n.rec.onParent() && !slices.Equal(e.beside, lans) {
+		if n := d.networks[e.rec.Network]; n != nil && !n.rec.isLAN() && !slices.Equal(e.beside, lans) {
 			others = append(others, place{e.rec.Network, e.rec.ID})
 		}
 	}

@@ -5,6 +5,7 @@ import (
 	"io"
 	"net"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -20,12 +21,20 @@ import (
 // LAN. A client on that LAN asks the host's address at the published port, and would
 // be answered by the container's own link, under an address that it never asked.
 func TestLANClientOfAContainerBeside(t *testing.T) {
-	for _, lanFirst := range []bool{false, true} {
-		name := "LAN connected later"
-		if lanFirst {
-			name = "LAN first"
+	for _, onLAN := range []map[string]any{
+		{"mode": "macvlan", "parent": "lan0", "probe": "false"},
+		{"bridge": "br0", "probe": "false"},
+	} {
+		for _, lanFirst := range []bool{false, true} {
+			name := "LAN connected later"
+			if lanFirst {
+				name = "LAN first"
+			}
+			if onLAN["bridge"] != nil {
+				name += ", by a bridge"
+			}
+			t.Run(name, func(t *testing.T) { besideLAN(t, onLAN, lanFirst) })
 		}
-		t.Run(name, func(t *testing.T) { besideLAN(t, lanFirst) })
 	}
 }
 
@@ -46,6 +55,11 @@ func newLANHost(t *testing.T, onLAN map[string]any) lanHost {
 		card = br
 		self(t, "link", "add", br, "type", "bridge")
 		self(t, "link", "set", "lan0", "master", br, "up")
+		for _, f := range []string{"iptables", "ip6tables"} { // with it the answer would pass the host's table
+			if err := os.WriteFile("/proc/sys/net/bridge/bridge-nf-call-"+f, []byte("0"), 0); err != nil {
+				t.Fatal(err)
+			}
+		}
 	}
 	self(t, "addr", "add", "10.9.0.10/24", "dev", card)
 	self(t, "addr", "add", "fd00:9::10/64", "dev", card, "nodad")
@@ -144,8 +158,8 @@ func (h lanHost) serveSeen() (want func(v4, v6 string)) {
 	}
 }
 
-func besideLAN(t *testing.T, lanFirst bool) {
-	h := newLANHost(t, map[string]any{"mode": "macvlan", "parent": "lan0", "probe": "false"})
+func besideLAN(t *testing.T, onLAN map[string]any, lanFirst bool) {
+	h := newLANHost(t, onLAN)
 	if lanFirst {
 		h.joinLAN()
 	}

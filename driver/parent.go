@@ -96,6 +96,10 @@ func (o Options) layer3() bool { return o.SubMode == "l3" || o.SubMode == "l3s" 
 // onParent reports whether the network hangs on a link of the host.
 func (n Network) onParent() bool { return n.Mode == modeMacvlan || n.Mode == modeIPvlan }
 
+// isLAN reports whether it is a LAN network: by its link a container reaches others
+// past the host.
+func (n Network) isLAN() bool { return n.onParent() || n.Options.Bridge != "" }
+
 // parent is the link that the network hangs on.
 func (n Network) parent() string {
 	if len(n.Parents) == 0 {

@@ -84,7 +84,7 @@ type Endpoint struct {
 	// RevokeExternalConnectivity.
 	Ports []PublishedPort `json:",omitempty"`
 	// Sandbox is the container's network namespace as the engine names it, from
-	// the first published port on, on a parent from Join on: ports can pass between
+	// the first published port on, on a LAN from Join on: ports can pass between
 	// endpoints of one, and those with ports have to know its LANs.
 	Sandbox string `json:",omitempty"`
 	// Programmed is set while the endpoint is its container's way out.
