@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -153,7 +154,11 @@ func TestFirewalld(t *testing.T) {
 	published := []func() (*netnstest.NS, string){try(client, "10.9.0.10:8080"), try(client, "[fd00:9::10]:8080")}
 	out := []func() (*netnstest.NS, string){try(bridged, "10.9.0.50:80"), try(bridged, "[fd00:9::50]:80"), try(routed, "10.9.0.50:80")}
 	in := []func() (*netnstest.NS, string){try(client, "10.2.0.2:80"), try(client, "[fd00:2::2]:80")}
+	words := strings.Fields(host.Exec("ip", "-o", "-6", "addr", "show", "dev", "lan0", "scope", "link"))
+	linkLocal, _, _ := strings.Cut(words[slices.Index(words, "inet6")+1], "/")
+	proxied := try(client, "["+linkLocal+"%eth0]:8080")
 	ask("default zone, published", true, published...)
+	ask("default zone, through the plugin", false, proxied)
 	ask("default zone, egress", false, out...)
 	ask("default zone, routed", false, in...)
 	f.documented("## firewalld")
@@ -161,4 +166,6 @@ func TestFirewalld(t *testing.T) {
 	ask("documented, published", true, published...)
 	ask("documented, egress", true, out...)
 	ask("documented, routed", true, in...)
+	host.Exec("env", f.env, "firewall-cmd", "--add-port=8080/tcp")
+	ask("open to the host, through the plugin", true, proxied)
 }

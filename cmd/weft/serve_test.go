@@ -279,7 +279,7 @@ func TestServeDamagedDatabase(t *testing.T) {
 // Whatever is wrong with the settings, the process answers, with all of it.
 func TestServeUnusableSettings(t *testing.T) {
 	bad := map[string]string{
-		"LOG_LEVEL": "loud", "POOLS": "10.0.0.0/99", "SCOPE": "swarm", "PEERS": "host2:http", "UNDERLAY": "10.0.0.1/24", "GRACE": "ten", "GOSSIP_PORT": "0",
+		"LOG_LEVEL": "loud", "POOLS": "10.0.0.0/99", "SCOPE": "swarm", "PEERS": "host2:http", "UNDERLAY": "10.0.0.1/24", "GRACE": "ten", "FORWARD_GUARD": "maybe", "GOSSIP_PORT": "0",
 		"STORE": "http://10.0.0.9",
 	}
 	var env []string
@@ -338,6 +338,7 @@ func TestSettingsCheck(t *testing.T) {
 		"no subnet":         {settings{pools: "10.300.0.0/16"}, `"10.300.0.0/16" is not a subnet`},
 		"no size":           {settings{pools: "10.30.0.0/16"}, "has no size"},
 		"short":             {settings{grace: "10ms"}, "GRACE"},
+		"guard":             {settings{guard: "no"}, "FORWARD_GUARD"},
 	} {
 		c.settings.complete()
 		err := c.settings.check()
