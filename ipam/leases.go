@@ -393,6 +393,9 @@ func (i *IPAM) lease(ctx context.Context, p *pool, r addressRequest) (netip.Pref
 	if (errors.Is(err, dhcp.ErrRefused) || errors.Is(err, dhcp.ErrNoOffer)) && !r.want.IsValid() && hint.IsValid() && !reserved {
 		a, err = i.ask(ctx, q, r, netip.Addr{})
 	}
+	if errors.Is(err, dhcp.ErrRefused) && r.want.IsValid() {
+		err = i.ownReason(ctx, p, r, err)
+	}
 	if errors.Is(err, dhcp.ErrRefused) && r.want.IsValid() && p.reserves(r.want) == "" {
 		err = fmt.Errorf("%w; if it keeps %s for a MAC address, say so here, too: `weft address reserve CONTAINER %s MAC`", err, r.want, r.want)
 	}

@@ -41,16 +41,36 @@ func (i *IPAM) noOffer(ctx context.Context, p *pool, offer dhcp.Lease) error {
 	p.mu.Lock()
 	l, holder := p.leased[a], "which this host keeps for its network"
 	if l != nil {
-		holder = "which another container of this host has"
-		if l.Station.Name != "" {
-			holder = "which container " + l.Station.Name + " of this host has"
-		}
+		holder = "which " + l.who() + " has"
 	}
 	p.mu.Unlock()
 	if l != nil {
 		i.relearn(ctx, p, a, l)
 	}
 	return fmt.Errorf("%w: %s offers %s, %s: it has lost its leases, or another server on %s does not know of them; start the container again", dhcp.ErrNoOffer, offer.Server, a, holder, p.dhcp())
+}
+
+// ownReason says why a server refuses an address that is asked for by number, where that
+// is known here: it would only say that it offers another.
+func (i *IPAM) ownReason(ctx context.Context, p *pool, r addressRequest, refusal error) error {
+	p.mu.Lock()
+	l := p.leased[r.want]
+	p.mu.Unlock()
+	if l != nil {
+		return fmt.Errorf("address %s of pool %s is that of %s: choose another, or remove that container first", r.want, p.prefix, l.who())
+	}
+	if err := i.held(ctx, r.id, r.want); err != nil && ctx.Err() == nil {
+		return err
+	}
+	return refusal
+}
+
+// who is the container that has a lease.
+func (l *leased) who() string {
+	if l.Station.Name == "" {
+		return "another container of this host"
+	}
+	return "container " + l.Station.Name + " of this host"
 }
 
 // relearn asks for a lease as for a new one, as its server has forgotten it.

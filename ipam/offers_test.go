@@ -162,3 +162,25 @@ func TestMaskOfOne(t *testing.T) {
 		t.Error(got)
 	}
 }
+
+// TestRefusedForOurs: an address that is asked for by number and that a container has is
+// refused with its name, and status shows the router that the server names.
+func TestRefusedForOurs(t *testing.T) {
+	l := newLeasing(t, nil)
+	l.addressFor(leasedPool, "a", "10.77.0.105")
+	if got := l.addressFor(leasedPool, "b", "10.77.0.105"); !strings.Contains(got, "address 10.77.0.105 of pool 10.77.0.0/24 is that of container a of this host") {
+		t.Error(got)
+	}
+	l.server.leases[netip.MustParseAddr("10.77.0.106")] = serverLease{stranger, l.clock.Add(time.Hour)}
+	l.vet = func(context.Context, netip.Prefix, netip.Addr) error { return errors.New("it is this host's own") }
+	if got := l.addressFor(leasedPool, "b", "10.77.0.106"); !strings.Contains(got, "it is this host's own") {
+		t.Error(got)
+	}
+	l.vet = nil
+	if got := l.addressFor(leasedPool, "b", "10.77.0.106"); !strings.Contains(got, dhcp.ErrRefused.Error()) {
+		t.Error(got)
+	}
+	if s := l.Status(t.Context()).Pools; len(s) != 1 || s[0].Gateway != "10.77.0.1" {
+		t.Errorf("%+v", s)
+	}
+}

@@ -126,12 +126,30 @@ func (i *IPAM) Status(ctx context.Context) Status {
 		st.Names, st.Warning = p.nameStatus(), p.warning()
 		st.Resting = len(p.since) - len(p.current(p.kept))
 		st.DHCP = p.dhcpStatus()
+		if st.DHCP != nil && st.Gateway == "" {
+			st.Gateway = p.learntRouter()
+		}
 		p.mu.Unlock()
 		i.forgetNames(ctx, p, lost)
 		st.Stranded = i.stranded(ctx, p)
 		s.Pools = append(s.Pools, st)
 	}
 	return s
+}
+
+// learntRouter is the one that the server named last, "" for none that can be used; p.mu is
+// held.
+func (p *pool) learntRouter() string {
+	var last dhcp.Lease
+	for _, l := range p.leased {
+		if l.Lease.Granted.After(last.Granted) && p.prefix.Contains(l.Lease.Router) {
+			last = l.Lease
+		}
+	}
+	if !last.Router.IsValid() {
+		return ""
+	}
+	return last.Router.String()
 }
 
 // dhcpStatus lists the leases; p.mu is held.

@@ -293,6 +293,9 @@ func (d document) names() [][]string {
 	return append(rows, lines...)
 }
 
+// forEver is the time of a lease that does not end.
+const forEver = (1<<32 - 1) * time.Second
+
 // leases lists what a DHCP server granted, and what is wrong with it.
 func (d document) leases() [][]string {
 	rows := [][]string{{"LEASE", "NAME", "MAC", "INTERFACE", "ENDS", "TROUBLE"}}
@@ -303,7 +306,9 @@ func (d document) leases() [][]string {
 		}
 		for _, l := range p.DHCP.Leases {
 			ends := "in " + d.ago(d.now.Add(-l.Expires.Sub(d.now)))
-			if !l.Expires.After(d.now) {
+			if l.Lease.Valid == forEver {
+				ends = "never"
+			} else if !l.Expires.After(d.now) {
 				ends = d.ago(l.Expires) + " ago"
 			}
 			rows = append(rows, []string{l.Address.String(), orDash(l.Name), orDash(l.MAC), p.DHCP.Link, ends, orDash(l.Trouble)})

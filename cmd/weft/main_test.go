@@ -277,7 +277,9 @@ func TestStatusLeases(t *testing.T) {
 	dhcp := ipam.DHCPStatus{Link: "eth0", Leases: []ipam.LeaseStatus{
 		{Address: netip.MustParseAddr("192.168.1.9"), Name: "nas", MAC: "02:00:00:00:00:01", Expires: at.Add(time.Hour), Trouble: "it says no\x1b[2J"},
 		{Address: netip.MustParseAddr("192.168.1.8"), MAC: "02:00:00:00:00:02", Expires: at},
+		{Address: netip.MustParseAddr("192.168.1.7"), MAC: "02:00:00:00:00:03", Expires: at.Add(forEver)},
 	}}
+	dhcp.Leases[2].Lease.Valid = forEver
 	dhcp.Counts.Extended, dhcp.Counts.Silent = 3, 2
 	doc := document{Phase: serving, now: at.Add(time.Minute), Pools: []ipam.PoolStatus{{Space: "dhcp=eth0", Pool: "192.168.1.0/24", Size: "254", DHCP: &dhcp}}}
 	var out strings.Builder
@@ -288,6 +290,7 @@ func TestStatusLeases(t *testing.T) {
 LEASE        NAME  MAC                INTERFACE  ENDS     TROUBLE
 192.168.1.9  nas   02:00:00:00:00:01  eth0       in 59m   it says no?[2J
 192.168.1.8  -     02:00:00:00:00:02  eth0       60s ago  -
+192.168.1.7  -     02:00:00:00:00:03  eth0       never    -
 ! the DHCP server on eth0, since the plugin started: 3 extensions, 2 not answered, 0 refused; 0 leases ended in use
 `
 	if !strings.HasSuffix(out.String(), want) {

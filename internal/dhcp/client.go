@@ -1,6 +1,7 @@
 package dhcp
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -419,6 +420,9 @@ func (x *exchange) send(k kind, about Lease) error {
 	return nil
 }
 
+// errElse is of a message that is no answer to this station.
+var errElse = errors.New("not an answer to this station")
+
 // hear waits for an answer that has a meaning.
 func (x *exchange) hear() (answer, error) {
 	for {
@@ -426,8 +430,16 @@ func (x *exchange) hear() (answer, error) {
 		if err != nil {
 			return answer{}, err
 		}
-		if a, err := x.words.read(b, x.within.Bits()); err == nil {
+		a, err := x.words.read(b, x.within.Bits())
+		if err == nil {
 			return a, nil
+		}
+		if !errors.Is(err, errElse) {
+			by := ""
+			if a.lease.Server.IsValid() {
+				by = " of server " + a.lease.Server.String()
+			}
+			x.ignored = fmt.Sprintf("an answer%s: %v", by, err)
 		}
 	}
 }
@@ -437,6 +449,7 @@ func (x *exchange) anyOffer(want netip.Addr) func(answer) (bool, error) {
 	return func(a answer) (bool, error) {
 		switch {
 		case a.verdict == refused && a.lease.Server.IsValid(): // over IPv4 only a request is refused
+			x.ignored = fmt.Sprintf("a refusal of server %s before anything was asked of it: %s", a.lease.Server, cmp.Or(a.reason, "without a reason"))
 			return false, nil
 		case a.verdict == refused:
 			return false, x.refusal("an address", a.lease, a.reason)

@@ -1,6 +1,7 @@
 package dhcp
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -379,5 +380,40 @@ func TestBusyWithinTheCall(t *testing.T) {
 	_, err := c.Acquire(ctx, "lan0", station(1), netip.Addr{}, lan4)
 	if !errors.Is(err, ErrSilent) || ctx.Err() == nil {
 		t.Errorf("%v; the caller's time is over: %v", err, ctx.Err())
+	}
+}
+
+// TestUnusableAnswers: what is wrong with an answer is said, and not that there was none.
+func TestUnusableAnswers(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		say    func(*dhcpv4.DHCPv4) []byte
+		within netip.Prefix
+		want   string
+	}{
+		"no server": {change(func(a *dhcpv4.DHCPv4) { a.DeleteOption(dhcpv4.OptionServerIdentifier) }), lan4, "ignored an answer: it has no server identifier (option 54)"},
+		"no lease time": {change(func(a *dhcpv4.DHCPv4) { a.DeleteOption(dhcpv4.OptionIPAddressLeaseTime) }), lan4,
+			"ignored an answer of server 10.77.0.1: it has no lease time (option 51)"},
+		"overload": {change(func(a *dhcpv4.DHCPv4) {
+			a.DeleteOption(dhcpv4.OptionIPAddressLeaseTime)
+			a.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionOptionOverload, []byte{1}))
+		}), lan4, "(option 52) is not read"},
+		"no mask": {change(func(a *dhcpv4.DHCPv4) { a.DeleteOption(dhcpv4.OptionSubnetMask) }), netip.Prefix{}, "it has no mask (option 1): give the subnet with --subnet"},
+		"twice the mask": {change(func(a *dhcpv4.DHCPv4) {
+			a.UpdateOption(dhcpv4.OptGeneric(dhcpv4.OptionSubnetMask, []byte{255, 255, 255, 0, 255, 255, 255, 0}))
+		}), lan4, ""},
+		"mask with a hole": {change(func(a *dhcpv4.DHCPv4) { a.UpdateOption(dhcpv4.OptSubnetMask(net.IPMask{255, 0, 255, 0})) }), lan4, "its mask 255.0.255.0 (option 1) is none"},
+		"refused":          {func(m *dhcpv4.DHCPv4) []byte { return nak(m).ToBytes() }, lan4, "a refusal of server 10.77.0.1 before anything was asked of it: nothere"},
+		"no end":           {func(m *dhcpv4.DHCPv4) []byte { return bytes.TrimRight(proper(m).ToBytes(), "\x00\xff") }, lan4, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			_, router := newLAN(t)
+			newResponder(t, router, "255.255.255.255", func(m *dhcpv4.DHCPv4) [][]byte { return [][]byte{c.say(m)} })
+			l, err := hasty().Acquire(t.Context(), "lan0", station(1), netip.Addr{}, c.within)
+			if c.want == "" && (err != nil || l.Address != prefix("10.77.0.50/24")) || c.want != "" && (!errors.Is(err, ErrSilent) || !strings.Contains(err.Error(), c.want)) {
+				t.Errorf("%v; want %s", err, c.want)
+			}
+		})
 	}
 }

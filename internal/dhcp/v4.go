@@ -3,6 +3,7 @@ package dhcp
 import (
 	"encoding/binary"
 	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"slices"
@@ -107,15 +108,17 @@ func (d *v4) clientID() []byte {
 
 func (d *v4) read(b []byte, bits int) (answer, error) {
 	m, err := dhcpv4.FromBytes(b)
-	if err != nil {
-		return answer{}, err
+	if err != nil { // some leave out what ends the options
+		if m, err = dhcpv4.FromBytes(append(slices.Clone(b), dhcpv4.OptionEnd.Code())); err != nil {
+			return answer{}, errElse
+		}
 	}
 	if m.OpCode != dhcpv4.OpcodeBootReply || m.TransactionID != d.xid || !slices.Equal(m.ClientHWAddr, d.station.MAC[:]) {
-		return answer{}, errors.New("an answer to somebody else")
+		return answer{}, errElse
 	}
 	server, ok := addr4(m.ServerIdentifier())
 	if !ok {
-		return answer{}, errors.New("without a server identifier")
+		return answer{}, errors.New("it has no server identifier (option 54)")
 	}
 	a := answer{lease: Lease{Server: server}}
 	switch m.MessageType() {
@@ -127,9 +130,13 @@ func (d *v4) read(b []byte, bits int) (answer, error) {
 	case dhcpv4.MessageTypeAck:
 		a.verdict = granted
 	default:
-		return answer{}, errors.New("not an answer")
+		return answer{}, errElse
 	}
-	return a, a.lease.read4(m, bits)
+	err = a.lease.read4(m, bits)
+	if err != nil && m.Options.Has(dhcpv4.OptionOptionOverload) {
+		err = fmt.Errorf("%w; what it says in the fields of boot files (option 52) is not read", err)
+	}
+	return a, err
 }
 
 // read4 fills in what an offer or an acknowledgement grants.
@@ -137,16 +144,19 @@ func (l *Lease) read4(m *dhcpv4.DHCPv4, bits int) error {
 	if mask := m.SubnetMask(); mask != nil {
 		bits, _ = mask.Size()
 		if bits == 0 { // also of a mask with holes
-			return errors.New("mask is none")
+			return fmt.Errorf("its mask %s (option 1) is none", net.IP(mask))
 		}
 	}
 	a, ok := addr4(m.YourIPAddr)
-	if !ok || bits < 0 || bits > a.BitLen() {
-		return errors.New("no address, or no mask")
+	switch {
+	case !ok:
+		return errors.New("it has no address")
+	case bits < 0 || bits > a.BitLen():
+		return errors.New("it has no mask (option 1): give the subnet with --subnet")
 	}
 	l.Address = netip.PrefixFrom(a, bits)
 	if l.Valid = m.IPAddressLeaseTime(0); l.Valid == 0 {
-		return errors.New("no lease time")
+		return errors.New("it has no lease time (option 51)")
 	}
 	l.Renew, l.Rebind = m.IPAddressRenewalTime(0), m.IPAddressRebindingTime(0)
 	l.times()

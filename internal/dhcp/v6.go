@@ -1,6 +1,7 @@
 package dhcp
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"net/netip"
@@ -73,10 +74,10 @@ func (d *v6) read(b []byte, bits int) (answer, error) {
 	}
 	client, server := m.GetOneOption(dhcpv6.OptionClientID), m.GetOneOption(dhcpv6.OptionServerID)
 	if m.TransactionID != d.xid || client == nil || !slices.Equal(client.ToBytes(), d.station.DUID) {
-		return answer{}, errors.New("an answer to somebody else")
+		return answer{}, errElse
 	}
 	if server == nil || len(server.ToBytes()) == 0 {
-		return answer{}, errors.New("without a server identifier")
+		return answer{}, errors.New("it has no server identifier (option 2)")
 	}
 	a := answer{lease: Lease{ServerDUID: server.ToBytes()}}
 	switch m.MessageType {
@@ -85,7 +86,7 @@ func (d *v6) read(b []byte, bits int) (answer, error) {
 	case dhcpv6.MessageTypeReply:
 		a.verdict = granted
 	default:
-		return answer{}, errors.New("not an answer")
+		return answer{}, errElse
 	}
 	if a.refuse(m.Options.Status()) {
 		return a, nil
@@ -136,6 +137,11 @@ func (l *Lease) read6(ia *dhcpv6.OptIANA, bits int) {
 		}
 		l.Address = netip.PrefixFrom(a, bits)
 		l.Renew, l.Rebind, l.Valid = ia.T1, ia.T2, x.ValidLifetime
+		// The server leaves it to the client: by how long the address is preferred (RFC
+		// 8415, 14.2).
+		if p := x.PreferredLifetime; p > 0 && p < l.Valid {
+			l.Renew, l.Rebind = cmp.Or(l.Renew, p/2), cmp.Or(l.Rebind, p/5*4)
+		}
 		l.times()
 	}
 }

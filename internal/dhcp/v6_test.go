@@ -30,6 +30,8 @@ func TestAnswer6(t *testing.T) {
 	}
 	six := five
 	six.Address = prefix("fd77::6/64")
+	left := five
+	left.Renew, left.Rebind = 25*time.Second, 40*time.Second
 	nobody := Lease{ServerDUID: five.ServerDUID}
 	ended := nobody
 	ended.Address, ended.Renew, ended.Rebind = five.Address, 0, 0
@@ -46,6 +48,11 @@ func TestAnswer6(t *testing.T) {
 			change: func(_ *dhcpv6.Message, ia *dhcpv6.OptIANA) {
 				ia.Options.Addresses()[0].ValidLifetime = 0
 				ia.Options.Add(&dhcpv6.OptIAAddress{IPv6Addr: net.ParseIP("fd77::6"), ValidLifetime: 2 * time.Minute})
+			}},
+		{name: "times left to the client", want: answer{verdict: granted, lease: left},
+			change: func(_ *dhcpv6.Message, ia *dhcpv6.OptIANA) {
+				ia.T1, ia.T2 = 0, 0
+				ia.Options.Addresses()[0].PreferredLifetime = 50 * time.Second
 			}},
 		{name: "no longer valid", want: answer{verdict: refused, lease: ended, reason: "the address is no longer valid"},
 			change: func(_ *dhcpv6.Message, ia *dhcpv6.OptIANA) { ia.Options.Addresses()[0].ValidLifetime = 0 }},
