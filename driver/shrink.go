@@ -8,6 +8,12 @@ import (
 // FirstMTU is the MTU that the network was made with.
 func (n Network) FirstMTU() int { return cmp.Or(n.TunnelMTU, n.MTU) }
 
+// Bears reports whether the network's protocols can live with an MTU in bytes.
+func (n Network) Bears(mtu int) bool {
+	n.MTU = mtu
+	return checkMTU(n) == nil
+}
+
 // Shrink lowers the MTU of the network with the VNI, if one was not asked for, and
 // reports what it was; 0 if it is not lowered. Containers that run keep theirs, as
 // nobody but the engine can change it, and so does what is theirs on the host: the
@@ -25,7 +31,7 @@ func (d *Driver) Shrink(ctx context.Context, vni uint32, mtu int) (before int, e
 	d.mu.Unlock()
 	before = rec.MTU
 	rec.TunnelMTU, rec.MTU = rec.FirstMTU(), mtu
-	if doomed || rec.Options.MTU != 0 || mtu >= before || checkMTU(rec) != nil {
+	if doomed || rec.Options.MTU != 0 || mtu >= before || !rec.Bears(mtu) {
 		return 0, nil
 	}
 	if err := d.saveNetwork(ctx, n, rec); err != nil {

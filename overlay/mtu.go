@@ -23,7 +23,7 @@ import (
 const fitTime = time.Minute
 
 // fitUnderlay lowers the MTU of networks to what the underlay carries. One that was
-// asked for stays, and is told of.
+// asked for stays, as one does whose protocols need more, and is told of.
 func (c *Cluster) fitUnderlay(ctx context.Context, f follower, u datapath.Underlay, now time.Time) {
 	most := u.MTU - overhead(u.Addr)
 	c.mu.Lock()
@@ -42,8 +42,10 @@ func (c *Cluster) fitUnderlay(ctx context.Context, f follower, u datapath.Underl
 	}
 	before := c.tight
 	c.tight = nil
+	var lower []driver.Network
 	for _, n := range list {
-		if n.Options.MTU == 0 {
+		if n.Options.MTU == 0 && n.Bears(most) {
+			lower = append(lower, n)
 			continue
 		}
 		t := Trouble{Peer: fmt.Sprintf("network with VNI %d", n.VNI), Since: now.UTC(), Reason: fmt.Sprintf(
@@ -57,7 +59,7 @@ func (c *Cluster) fitUnderlay(ctx context.Context, f follower, u datapath.Underl
 	}
 	slices.SortFunc(c.tight, func(a, b Trouble) int { return cmp.Compare(a.Peer, b.Peer) })
 	c.mu.Unlock()
-	for _, n := range list {
+	for _, n := range lower {
 		c.shrink(ctx, f, n, most, fmt.Sprintf("%s carries %d", u.Link, u.MTU))
 	}
 }

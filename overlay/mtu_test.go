@@ -1,9 +1,12 @@
 package overlay
 
 import (
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/weftnet/weft/driver"
 )
 
 // TestMTUOfOthers: hosts that made a network before they heard of each other agree on
@@ -101,5 +104,32 @@ func TestMTUOfUnderlay(t *testing.T) {
 	look(1500)
 	if own(4242) != 1350 || len(b.c.Status().Troubles) != 0 {
 		t.Errorf("MTU %d, troubles %+v", own(4242), b.c.Status().Troubles)
+	}
+}
+
+// TestMTUTooSmall: an underlay that carries less than IPv6 needs is told of; nothing can
+// be lowered to that.
+func TestMTUTooSmall(t *testing.T) {
+	b := newBench(t)
+	n := blue(4242)
+	n.Subnets = append(n.Subnets, driver.Subnet{Pool: netip.MustParsePrefix("fd00:44::/64")})
+	if err := b.c.Admit(t.Context(), &n); err != nil {
+		t.Fatal(err)
+	}
+	b.c.Publish(n, nil)
+	u := b.under
+	for _, c := range []struct{ carries, troubles int }{{1500, 0}, {1300, 1}, {1330, 0}} {
+		u.MTU = c.carries
+		now := time.Now()
+		for _, at := range []time.Time{now, now.Add(fitTime)} {
+			b.c.fitUnderlay(t.Context(), b, u, at)
+		}
+		list := b.c.Status().Troubles
+		if len(list) != c.troubles || c.troubles > 0 && list[0].Reason != "mtu 1450 does not fit into the underlay any more: eth0 carries 1300 and the tunnel adds 50, at most 1250" {
+			t.Errorf("%d: troubles %+v", c.carries, list)
+		}
+	}
+	if !slices.Equal(b.shrunk, []string{"4242 1280"}) {
+		t.Errorf("lowered %q", b.shrunk)
 	}
 }
