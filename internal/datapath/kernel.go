@@ -76,7 +76,9 @@ func New(c Config) (_ *Kernel, err error) {
 	k.shortcuts = newShortcuts(c.Log, in.table, k.firewall.ns)
 	k.flows = newFlows(c.Log, k.links)
 	// What came while there was no table went to the held sockets.
-	k.firewall.restored = func(els []Element) { k.flows.forget(context.Background(), els, nil) }
+	k.firewall.restored = func(els []Element) {
+		k.flows.forget(context.Background(), els, nil) //nolint:forbidigo // it outlives every call that may build the table
+	}
 	return k, nil
 }
 
