@@ -264,7 +264,8 @@ type Batch struct {
 
 // Write carries a batch out and returns what was put with its new revision, if
 // something was.
-func (b *Bolt) Write(ctx context.Context, w Batch) (out Record, err error) {
+func (b *Bolt) Write(ctx context.Context, w Batch) (Record, error) {
+	var out Record // the writer may still be using it after do gave up
 	if w.Put != nil {
 		out = Record{Key: w.Put.Key, Value: w.Put.Value}
 	}
@@ -273,7 +274,7 @@ func (b *Bolt) Write(ctx context.Context, w Batch) (out Record, err error) {
 			return Record{}, err
 		}
 	}
-	err = b.do(ctx, func(k *bucket) error {
+	err := b.do(ctx, func(k *bucket) error {
 		if w.Put != nil {
 			rev, err := k.put(*w.Put)
 			if err != nil {

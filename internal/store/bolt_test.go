@@ -283,6 +283,30 @@ func TestDiskHangs(t *testing.T) {
 	}
 }
 
+// TestAbandonedWrite: what the writer still does for a caller that has gone is none
+// of the caller's any more (this one is for -race).
+func TestAbandonedWrite(t *testing.T) {
+	b := open(t, filepath.Join(t.TempDir(), "s.db"))
+	real, release := b.commit, make(chan struct{})
+	b.commit = func(f func(*bbolt.Tx) error) error {
+		return real(func(tx *bbolt.Tx) error {
+			err := f(tx)
+			<-release
+			return err
+		})
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	out, err := b.Write(ctx, Batch{Put: &Record{Key: "handed over"}})
+	close(release)
+	if !errors.Is(err, ErrUncertain) || out.Key != "" || out.Rev != 0 {
+		t.Errorf("%+v, %v", out, err)
+	}
+	if list := all(t, b); len(list) > 1 {
+		t.Errorf("%+v", list)
+	}
+}
+
 // TestFailedSync: after a sync that failed nothing is written any more.
 func TestFailedSync(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "s.db")
