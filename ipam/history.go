@@ -102,8 +102,14 @@ func (h *history) begin(k poolKey, a netip.Addr, r addressRequest, now time.Time
 	t := &Tenure{Version: recordVersion, Address: a, Pool: k.prefix, Space: k.space, As: string(r.kind), Name: r.who, From: now.UTC()}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if old := h.open[holding{k, a}]; old != nil && old.key() != t.key() { // it was not certain to have begun
-		b.Delete = append(b.Delete, old.key())
+	if old := h.open[holding{k, a}]; old != nil && old.key() != t.key() {
+		if old.void { // it was not certain to have begun
+			b.Delete = append(b.Delete, old.key())
+		} else { // it could not be released, and somebody else has it now
+			closed := *old
+			closed.To = now.UTC()
+			b.Set = append(b.Set, closed.record())
+		}
 		delete(h.pending, old.key())
 	}
 	h.open[holding{k, a}] = t

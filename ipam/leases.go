@@ -505,6 +505,7 @@ func (i *IPAM) hold(ctx context.Context, q *asking, r addressRequest, offer dhcp
 		q.busy = &busy{done: make(chan struct{})}
 		p.taken.add(a)
 		p.busy[a], p.leased[a] = q.busy, q.leased
+		p.awaited[a] = i.now() // its endpoint cannot be there before the call ends
 		p.mu.Unlock()
 		return i.putLease(ctx, p, q.leased)
 	}

@@ -59,7 +59,8 @@ func (i *IPAM) Load(ctx context.Context) error {
 		}
 		for n, o := range p.parts {
 			p.parts[n].gateways = rec.Gateways[o.sub]
-			p.parts[n].gave = len(p.parts) == 1 && len(rec.Options) > 0 || slices.Contains(rec.Gave, o.sub)
+			// A release that did not write down whose the options are may have had them from each.
+			p.parts[n].gave = len(rec.Options) > 0 && len(rec.Gave) == 0 || slices.Contains(rec.Gave, o.sub)
 		}
 		p.rev = r.Rev
 		p.idleParts()
