@@ -61,7 +61,7 @@ func (i *IPAM) requestAddress(ctx context.Context, r addressRequest) (netip.Pref
 		if ctx.Err() == nil { // else it is not known that somebody has it
 			i.squat(r.id, a.Addr())
 		}
-		if rerr := i.releaseAddress(context.WithoutCancel(ctx), r.id, a.Addr()); rerr != nil {
+		if rerr := i.takeBack(ctx, r.id, a.Addr()); rerr != nil {
 			return netip.Prefix{}, fmt.Errorf("%w (and giving it back: %w)", err, rerr)
 		}
 		if r.want.IsValid() || reserved || ctx.Err() != nil {
@@ -459,6 +459,13 @@ func (i *IPAM) releaseAddress(ctx context.Context, id poolID, a netip.Addr) erro
 			return fmt.Errorf("address %s of pool %s is still being written: %w", a, p.prefix, ctx.Err())
 		}
 	}
+}
+
+// takeBack releases what a request, whose time may be over, does not hand out after all.
+func (i *IPAM) takeBack(ctx context.Context, id poolID, a netip.Addr) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
+	defer cancel()
+	return i.releaseAddress(ctx, id, a)
 }
 
 // free deletes the record of an address that is busy and then its mark. If

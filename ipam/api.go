@@ -184,7 +184,7 @@ func (i *IPAM) RequestAddress(ctx context.Context, req ipam.RequestAddressReques
 	if err == nil && ctx.Err() != nil && r.kind != kindGateway && r.id.named() {
 		// That there is none was answered meanwhile, and nobody will release it. A swarm
 		// and a gateway ask again for what they have.
-		err = errors.Join(ctx.Err(), i.releaseAddress(context.WithoutCancel(ctx), r.id, a.Addr()))
+		err = errors.Join(ctx.Err(), i.takeBack(ctx, r.id, a.Addr()))
 	}
 	if err != nil {
 		i.abandon(ctx, r, asked)

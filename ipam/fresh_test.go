@@ -3,10 +3,13 @@ package ipam
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/docker/go-plugins-helpers/ipam"
 
 	"github.com/weftnet/weft/internal/store"
 )
@@ -80,4 +83,42 @@ func TestHistoryOfTakenOver(t *testing.T) {
 	}
 	h.restart()
 	h.wantPast("after a restart", Query{}, "10.1.0.9 web   0 2", "10.1.0.9 db   2 now")
+}
+
+// bounded notes deletions that would wait for a disk for ever.
+type bounded struct {
+	records
+	deleted, endless int
+}
+
+func (s *bounded) Write(ctx context.Context, b store.Batch) (store.Record, error) {
+	if len(b.Delete) > 0 {
+		s.deleted++
+		if _, ok := ctx.Deadline(); !ok {
+			s.endless++
+		}
+	}
+	return s.records.Write(ctx, b)
+}
+
+// TestTakenBackInTime: what is handed out and taken back within one call is taken back
+// in bounded time, although the call's own may be over.
+func TestTakenBackInTime(t *testing.T) {
+	h := newHouse(t)
+	id := h.do("pool local 10.1.0.0/24")
+	s := &bounded{records: h.store}
+	h.store = s
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	for n, vet := range []error{errors.New("somebody has it"), nil} {
+		h.vet = func(context.Context, netip.Prefix, netip.Addr) error {
+			if vet == nil {
+				cancel()
+			}
+			return vet
+		}
+		if _, err := h.RequestAddress(ctx, ipam.RequestAddressRequest{PoolID: id, Address: "10.1.0.9"}); err == nil || s.deleted != n+1 || s.endless != 0 {
+			t.Errorf("%v: %d deletions, %d of them without an end", err, s.deleted, s.endless)
+		}
+	}
 }
