@@ -249,9 +249,10 @@ func (e *engine) elementsOf(tb testing.TB, table string) []string {
 	for _, x := range doc.Nftables {
 		for _, s := range []*set{x.Set, x.Map} {
 			// The guard keeps a host whose forwarding we switched on from
-			// routing for others; nobody switches forwarding off again. The
-			// uplinks are bridges of the host, and there as long as these.
-			if s == nil || s.Name == "guard" || s.Name == "uplinks" {
+			// routing for others; nobody switches forwarding off again, and so
+			// what lifts it stays, too. The uplinks are bridges of the host, and
+			// there as long as these.
+			if s == nil || s.Name == "guard" || s.Name == "lifted" || s.Name == "uplinks" {
 				continue
 			}
 			for _, el := range s.Elem {
