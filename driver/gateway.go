@@ -118,15 +118,22 @@ func (d *Driver) settleGateways(ctx context.Context, n *Network, modern bool) er
 		if err := d.refuseAutomatic(*n, *s, typed, l); err != nil {
 			return err
 		}
+		if err := d.checkBridgeSubnet(*n, *s, l); err != nil {
+			return err
+		}
 		if n.skipGateway(f) {
 			continue
 		}
-		switch own := l.router(s.Pool); {
+		own, what := l.router(s.Pool), "the default gateway on"
+		if !n.onParent() && !slices.ContainsFunc(l.routers, f.of) { // the host itself, as on a bridge of containers
+			own, what = l.own(s.Pool), "the host's own address on"
+		}
+		switch {
 		case guessed:
-			d.replaceGuess(*n, s, own)
+			d.replaceGuess(*n, s, own, what)
 		case !typed && own.IsValid() && own != s.Gateway.Addr() && looksGuessed(*s):
-			return fmt.Errorf("gateway %s: the default gateway on %s is %s: add --gateway %s; if you mean another one, add --ipam-driver weft:latest too",
-				s.Gateway.Addr(), l.Name, own, own)
+			return fmt.Errorf("gateway %s: %s %s is %s: add --gateway %s; if you mean another one, add --ipam-driver weft:latest too",
+				s.Gateway.Addr(), what, l.Name, own, own)
 		}
 		if err := checkOwnGateway(*n, *s, l); err != nil {
 			return err
@@ -147,15 +154,33 @@ func (d *Driver) typed(s Subnet, asked bool) (guessed, typed bool) {
 	return false, asked
 }
 
-// replaceGuess takes the host's own router instead of a guess, or none.
-func (d *Driver) replaceGuess(n Network, s *Subnet, own netip.Addr) {
+// checkBridgeSubnet refuses a part of an existing bridge's subnet, and more than it,
+// and says where the bridge is in another one.
+func (d *Driver) checkBridgeSubnet(n Network, s Subnet, l surroundingLAN) error {
+	if n.Options.Bridge == "" {
+		return nil
+	}
+	if err := fits(n, "bridge", l.LinkFacts); err != nil {
+		return err
+	}
+	has := l.subnet(familyOf(s.Pool.Addr()))
+	if has.IsValid() && !l.overlaps(s.Pool) {
+		d.log.WithField("network", n.ID).Warnf("subnet %s is not one of bridge %s, which has %s: the LAN's stations do not reach containers; if that is not meant, use --subnet %s",
+			s.Pool, l.Name, netip.PrefixFrom(l.own(has), has.Bits()), has)
+	}
+	return nil
+}
+
+// replaceGuess takes the host's own router instead of a guess, or none; on a bridge
+// without one the host's address there. what says which it is.
+func (d *Driver) replaceGuess(n Network, s *Subnet, own netip.Addr, what string) {
 	log := d.log.WithField("network", n.ID)
 	switch {
 	case own.IsValid():
 		s.Gateway = netip.PrefixFrom(own, s.Pool.Bits())
-		log.Infof("gateway %s: the default gateway on %s", own, n.shares())
+		log.Infof("gateway %s: %s %s", own, what, n.shares())
 	case !n.onParent():
-		// The bridge of a LAN without a router: the first address, as always.
+		// The bridge has no address in the subnet: the first one, as always.
 	case s.Pool.Addr().Is4():
 		s.Gateway = netip.Prefix{}
 		log.Warnf("subnet %s: no gateway: none was given, and this host has no default route by %s in it; containers reach only the LAN: create the network with --gateway",

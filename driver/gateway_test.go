@@ -3,8 +3,11 @@ package driver
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
+
+	"github.com/sirupsen/logrus"
 
 	"github.com/weftnet/weft/internal/datapath"
 )
@@ -87,7 +90,15 @@ func TestLANGateway(t *testing.T) {
 		{name: "existing bridge by the built-in's option, automatic subnet", options: `{"com.docker.network.bridge.name":"br0"}`, ipam: automatic, pool: "172.16.3.0/24", gateway: "172.16.3.1",
 			refused: []string{"bridge br0 is in 10.8.0.0/24", "--subnet 10.8.0.0/24"}},
 		{name: "existing bridge, another subnet typed", options: `{"bridge":"br0"}`, ipam: typed, pool: "172.16.3.0/24", gateway: "172.16.3.1", want: "172.16.3.1/24"},
-		{name: "existing bridge without a router", options: `{"bridge":"br0"}`, ipam: guessed, pool: "10.8.0.0/24", gateway: "10.8.0.1", want: "10.8.0.1/24"},
+		{name: "existing bridge without a router", options: `{"bridge":"br0"}`, ipam: guessed, pool: "10.8.0.0/24", gateway: "10.8.0.1", want: "10.8.0.2/24"},
+		{name: "existing bridge with a router of another subnet", options: `{"bridge":"br0"}`, routers: []string{"10.8.1.1"}, ipam: guessed, pool: "10.8.0.0/24", gateway: "10.8.0.1", want: "10.8.0.1/24"},
+		{name: "existing bridge without a router, typed", options: `{"bridge":"br0"}`, ipam: typed, pool: "10.8.0.0/24", gateway: "10.8.0.1", want: "10.8.0.1/24"},
+		{name: "existing bridge without a router, the engine's IPAM", options: `{"bridge":"br0"}`, pool: "10.8.0.0/24", gateway: "10.8.0.1",
+			refused: []string{"gateway 10.8.0.1", "br0 is 10.8.0.2", "add --gateway 10.8.0.2"}},
+		{name: "existing bridge without a router, its address typed", modern: true, options: `{"bridge":"br0"}`, pool: "10.8.0.0/24", gateway: "10.8.0.2", want: "10.8.0.2/24"},
+		{name: "existing bridge without an address there", options: `{"bridge":"br0"}`, ipam: guessed, pool: "10.9.0.0/24", gateway: "10.9.0.1", want: "10.9.0.1/24"},
+		{name: "existing bridge, a part of its subnet", options: `{"bridge":"br0"}`, ipam: typed, pool: "10.8.0.0/25", gateway: "10.8.0.1",
+			refused: []string{"subnet 10.8.0.0/25 does not fit bridge br0, which has 10.8.0.2/24", "--subnet 10.8.0.0/24"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			r := newRigWith(t, func(conf *Config) {
@@ -118,6 +129,12 @@ func TestLANGateway(t *testing.T) {
 			}
 			if text := strings.Join(got, " "); text != c.want {
 				t.Errorf("gateways %s, want %s", text, c.want)
+			}
+			strange := strings.Contains(c.options, "bridge") && !strings.HasPrefix(c.pool, "10.8.0.") && strings.Contains(c.options, "br0")
+			if said := slices.ContainsFunc(r.log.AllEntries(), func(e *logrus.Entry) bool {
+				return strings.HasPrefix(e.Message, "subnet "+c.pool+" is not one of bridge br0, which has 10.8.0.2/24")
+			}); said != strange {
+				t.Errorf("another subnet than the bridge's is said: %t", said)
 			}
 		})
 	}

@@ -35,6 +35,12 @@ func TestInterfaceName(t *testing.T) {
 		r.refused("CreateEndpoint", named("10.1.0.2/24", name), "endpoint option com.docker.network.endpoint.ifname", "is not an interface name")
 	}
 
+	// What the engine has a flag for.
+	for _, key := range []string{"gw-priority", "gw_priority", "com.docker.network.endpoint.gw-priority"} {
+		r.refused("CreateEndpoint", strings.Replace(named("10.1.0.2/24", `"1"`), "com.docker.network.endpoint.ifname", key, 1),
+			fmt.Sprintf("endpoint option %q is a flag", key), "--network name=NETWORK,gw-priority=1", "docker network connect --gw-priority 1")
+	}
+
 	// A misspelt one is not taken for an engine's own, nor an engine's for that.
 	for key, near := range map[string]string{
 		"com.docker.network.endpoint.ifnane": "com.docker.network.endpoint.ifname", "com.docker.network.endpoint.ifname ": "com.docker.network.endpoint.ifname",

@@ -278,6 +278,10 @@ func parseEndpointOptions(mode string, raw map[string]any) (ifName string, told 
 			told[key] = fmt.Sprint(raw[key])
 			continue
 		}
+		if last := key[strings.LastIndexByte(key, '.')+1:]; strings.ReplaceAll(last, "_", "-") == "gw-priority" {
+			return "", nil, fmt.Errorf("endpoint option %q is a flag: docker run --network name=NETWORK,gw-priority=%[2]s, docker network connect --gw-priority %[2]s (Compose: gw_priority), from engine 28 on",
+				clip(key), clip(fmt.Sprint(raw[key])))
+		}
 		if !strings.HasPrefix(key, engineKeys) {
 			near := meant(plugin.Nearest(key, toldOptions))
 			return "", nil, fmt.Errorf("endpoint option %q is not known: %smode %s has none; the interface's name is %s, and a DHCP server is told %s; options of a network are given when it is created, with -o",

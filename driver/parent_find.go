@@ -63,7 +63,7 @@ func (d *Driver) findParent(ctx context.Context, rec *Network, old *network) err
 		return fmt.Errorf("option host_access=true: reverse path filtering on %s is strict and would drop what its containers send to the host: run sysctl -w net.ipv4.conf.%s.rp_filter=2", below.Name, below.Name)
 	}
 	if below.Name == o.Parent && !o.layer3() {
-		return fits(*rec, below)
+		return fits(*rec, "parent", below)
 	}
 	return nil
 }
@@ -110,13 +110,13 @@ func usable(f datapath.LinkFacts, vlan bool) error {
 	return nil
 }
 
-// fits refuses subnets that overlap with the parent's without being the same:
-// one of the two sides would not know what is on the link.
-func fits(n Network, f datapath.LinkFacts) error {
+// fits refuses subnets that overlap with those of the parent, or of the bridge,
+// without being the same: one of the two sides would not know what is on the link.
+func fits(n Network, what string, f datapath.LinkFacts) error {
 	for _, s := range n.Subnets {
 		for _, a := range f.Addrs {
 			if p := a.Masked(); p.Overlaps(s.Pool) && p != s.Pool && !p.IsSingleIP() {
-				return fmt.Errorf("subnet %s does not fit parent %s, which has %s: use --subnet %s, with --ip-range for a part of it", s.Pool, f.Name, a, p)
+				return fmt.Errorf("subnet %s does not fit %s %s, which has %s: use --subnet %s, with --ip-range for a part of it", s.Pool, what, f.Name, a, p)
 			}
 		}
 	}
