@@ -66,8 +66,9 @@ func newTunnels(self string, every time.Duration) *tunnels {
 	return &tunnels{self: self, every: every, hosts: map[string]*tunnelled{}, links: map[string]uint32{}}
 }
 
-// look takes in which hosts there are and what this one has, and returns the tunnels.
-// A host that is silent, or has no network in common, is begun anew when it is back.
+// look takes in which hosts there are and what this one has, and returns the tunnels
+// that something is said through. A host that is silent, or has no network in common,
+// is begun anew when it is back.
 func (x *tunnels) look(peers []Peer, nets map[uint32]driver.Network, now time.Time) (links []string) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
@@ -93,10 +94,12 @@ func (x *tunnels) look(peers []Peer, nets map[uint32]driver.Network, now time.Ti
 	maps.DeleteFunc(x.hosts, func(id string, _ *tunnelled) bool { return !there[id] })
 	clear(x.links)
 	var b Backend
-	for vni, n := range nets {
-		link := b.Network(n).VXLANs[0].Name
-		x.links[link] = vni
-		links = append(links, link)
+	for _, t := range x.hosts {
+		link := b.Network(nets[t.vni]).VXLANs[0].Name
+		if _, ok := x.links[link]; !ok {
+			x.links[link] = t.vni
+			links = append(links, link)
+		}
 	}
 	slices.Sort(links)
 	return links

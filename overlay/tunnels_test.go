@@ -69,3 +69,22 @@ func TestTunnelsOfOld(t *testing.T) {
 		t.Errorf("troubles %+v, want no word of an %s", list, word)
 	}
 }
+
+// TestTunnelsUsed: tunnels that nothing is said through are not listened to: there is
+// room for some hundred.
+func TestTunnelsUsed(t *testing.T) {
+	nets, peer := map[uint32]driver.Network{}, Peer{ID: "b", Name: "b", VTEP: vtep(1)}
+	for vni := uint32(1); vni <= 300; vni++ {
+		rec := blue(vni)
+		rec.ID, rec.VNI, rec.Port = fmt.Sprintf("%064x", uint64(vni)<<32), vni, Port
+		nets[vni] = rec
+		if vni > 7 {
+			peer.Networks = append(peer.Networks, vni)
+		}
+	}
+	x := newTunnels("a", time.Second)
+	links := x.look([]Peer{peer}, nets, time.Now())
+	if len(links) != 1 || x.say(links[0]) == nil {
+		t.Errorf("%d tunnels, want one that something is said through", len(links))
+	}
+}
