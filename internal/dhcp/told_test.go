@@ -97,7 +97,7 @@ func TestWhatAnybodySays(t *testing.T) {
 	if len(l.Routes) != mostRoutes || l.MoreRoutes != 400-mostRoutes || len(l.DNS) != mostNames || len(l.Search) > mostNames || len(l.Search) == 0 {
 		t.Errorf("kept %d routes and %d more, %d name servers, domains %q", len(l.Routes), l.MoreRoutes, len(l.DNS), l.Search)
 	}
-	if l.Domain != "lan[2J.example" {
+	if l.Domain != "" { // what is left of it has a bracket
 		t.Errorf("domain %q", l.Domain)
 	}
 	for _, s := range l.Search {
