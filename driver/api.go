@@ -391,7 +391,8 @@ func (d *Driver) handleJoin(ctx context.Context, req plugin.JoinRequest) (plugin
 			return err
 		}
 		d.mu.Lock()
-		e.joined, e.sandbox = true, req.SandboxKey
+		e.joined = true
+		d.regroup(e, req.SandboxKey)
 		d.mu.Unlock()
 		d.tell(n, e)
 		at := d.backends[n.rec.Mode].Attach(n.rec, e.rec).named(e.rec.IfName)

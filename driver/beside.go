@@ -14,12 +14,14 @@ import (
 // endpoint with published ports has to know the LANs of its container's others. On a
 // bridge that exists they always do.
 
-// regroup keeps the table of endpoints by the container's sandbox; either name may
-// be "". d.mu is held.
-func (d *Driver) regroup(e *endpoint, from, to string) {
+// regroup notes the sandbox that an endpoint is in from now on, "" if in none.
+// d.mu is held.
+func (d *Driver) regroup(e *endpoint, to string) {
+	from := e.sandbox
 	if from == to {
 		return
 	}
+	e.sandbox = to
 	if from != "" {
 		rest := slices.DeleteFunc(slices.Clone(d.mates[from]), func(o *endpoint) bool { return o == e })
 		if d.mates[from] = rest; len(rest) == 0 {
@@ -31,8 +33,8 @@ func (d *Driver) regroup(e *endpoint, from, to string) {
 	}
 }
 
-// lans are the subnets of the LAN networks that a sandbox is on, the widest of those
-// that overlap. d.mu is held.
+// lans are the subnets of the LAN networks that a sandbox is on, and those that it
+// has a route to by them, the widest of those that overlap. d.mu is held.
 func (d *Driver) lans(sandbox string) []netip.Prefix {
 	var all []netip.Prefix
 	for _, e := range d.mates[sandbox] {
@@ -42,6 +44,9 @@ func (d *Driver) lans(sandbox string) []netip.Prefix {
 		}
 		for _, s := range n.rec.Subnets {
 			all = append(all, s.Pool.Masked())
+		}
+		for _, r := range slices.Concat(n.rec.Options.Routes, e.rec.Routes) {
+			all = append(all, r.Destination.Masked())
 		}
 	}
 	slices.SortFunc(all, func(a, b netip.Prefix) int {
@@ -78,13 +83,14 @@ func (d *Driver) findMates() {
 	d.mates = map[string][]*endpoint{}
 	for _, n := range d.networks {
 		for _, e := range n.endpoints {
-			d.regroup(e, "", e.rec.Sandbox)
+			e.sandbox = ""
+			d.regroup(e, e.rec.Sandbox)
 		}
 	}
 	for _, n := range d.networks {
 		for _, e := range n.endpoints {
-			if e.rec.Sandbox != "" && !n.rec.isLAN() {
-				e.beside = d.lans(e.rec.Sandbox)
+			if e.sandbox != "" && !n.rec.isLAN() {
+				e.beside = d.lans(e.sandbox)
 			}
 		}
 	}
@@ -115,10 +121,16 @@ func (d *Driver) tellMates(ctx context.Context, sandbox string) {
 // learnLANs takes over what the LANs are now. The endpoint is locked.
 func (d *Driver) learnLANs(ctx context.Context, n *network, e *endpoint) error {
 	before := d.endpointState(n, e).Elements
+	if rec := e.rec; rec.Sandbox != e.sandbox && !rec.Left { // only now is it worth a write
+		rec.Sandbox = e.sandbox
+		if err := d.save(ctx, e, rec); err != nil {
+			return err
+		}
+	}
 	d.mu.Lock()
 	e.beside = nil
-	if e.rec.Sandbox != "" {
-		e.beside = d.lans(e.rec.Sandbox)
+	if e.sandbox != "" {
+		e.beside = d.lans(e.sandbox)
 	}
 	after := d.endpointState(n, e).Elements
 	d.mu.Unlock()

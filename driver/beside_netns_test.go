@@ -118,8 +118,9 @@ func (h lanHost) leaveLAN() {
 	h.ok("DeleteEndpoint", err)
 }
 
-// serveSeen has the container take connections; asking says whom it sees.
-func (h lanHost) serveSeen() (want func(v4, v6 string)) {
+// serveSeen has the container take connections; want says whom it is to see when the
+// client asks, from other addresses than its first if some are given.
+func (h lanHost) serveSeen() (want func(v4, v6 string, from ...string)) {
 	h.t.Helper()
 	t, ctx := h.t, h.t.Context()
 	var l net.Listener
@@ -140,11 +141,16 @@ func (h lanHost) serveSeen() (want func(v4, v6 string)) {
 			_ = c.Close()
 		}
 	}()
-	return func(v4, v6 string) {
+	return func(v4, v6 string, from ...string) {
 		t.Helper()
-		for at, who := range map[string]string{"10.9.0.10:8080": v4, "[fd00:9::10]:8080": v6} {
+		for i, at := range []string{"10.9.0.10:8080", "[fd00:9::10]:8080"} {
+			who := []string{v4, v6}[i]
 			h.client.Do(func() {
-				c, err := (&net.Dialer{Timeout: 5 * time.Second}).DialContext(ctx, "tcp", at)
+				dialer := &net.Dialer{Timeout: 5 * time.Second}
+				if len(from) > 0 {
+					dialer.LocalAddr = &net.TCPAddr{IP: net.ParseIP(from[i])}
+				}
+				c, err := dialer.DialContext(ctx, "tcp", at)
 				if err != nil {
 					t.Errorf("%s: %v", at, err)
 					return
@@ -184,6 +190,44 @@ func besideLAN(t *testing.T, onLAN map[string]any, lanFirst bool) {
 	if s, err := h.kernel.Owned(t.Context()); err != nil || strings.Contains(s.String(), "beside") {
 		t.Errorf("left: %s, %v", s, err)
 	}
+}
+
+// TestPublishingBesideALANAfterARestart: the plugin restarts while the bridge is not
+// the container's way out, and so has published nothing.
+func TestPublishingBesideALANAfterARestart(t *testing.T) {
+	for _, lanFirst := range []bool{false, true} {
+		h := newLANHost(t, map[string]any{"mode": "macvlan", "parent": "lan0", "probe": "false"})
+		if lanFirst {
+			h.joinLAN()
+		}
+		h.joinBridge()
+		if !lanFirst {
+			h.joinLAN()
+		}
+		h.restart()
+		h.idle("restart")
+		h.publish(realPorts)
+		h.serveSeen()("10.1.0.1:", "[fd00:1::1]:")
+	}
+}
+
+// TestClientsBehindARouterOfTheLAN: whom the container reaches by a route of the LAN
+// network it would answer past the host too.
+func TestClientsBehindARouterOfTheLAN(t *testing.T) {
+	h := newLANHost(t, map[string]any{"mode": "macvlan", "parent": "lan0", "probe": "false",
+		"routes": "10.20.0.0/16 via 10.9.0.50, fd00:20::/64 via fd00:9::50"})
+	for to, via := range map[string]string{"10.20.0.5/32": "10.9.0.50", "fd00:20::5/128": "fd00:9::50"} {
+		h.client.Exec("ip", "addr", "add", to, "dev", "eth0", "nodad")
+		self(t, "route", "add", to, "via", via)
+	}
+	h.joinBridge()
+	h.publish(realPorts)
+	h.joinLAN()
+	h.container.Exec("ip", "route", "add", "10.20.0.0/16", "via", "10.9.0.50")
+	h.container.Exec("ip", "route", "add", "fd00:20::/64", "via", "fd00:9::50")
+	want := h.serveSeen()
+	want("10.1.0.1:", "[fd00:1::1]:")
+	want("10.1.0.1:", "[fd00:1::1]:", "10.20.0.5", "fd00:20::5")
 }
 
 // TestConnectingALANWhileClientsSpeak: what a client on the LAN began before goes on

@@ -130,7 +130,7 @@ type Driver struct {
 	networks map[string]*network
 	// fallbacks are the endpoints that serve IPv6 with IPv4, by their sandbox.
 	fallbacks map[string]*fallback
-	// mates are the endpoints whose records name a sandbox, by that; see beside.go.
+	// mates are the endpoints by the sandbox that they have joined; see beside.go.
 	mates map[string][]*endpoint
 	drift Drift
 	// lingers are hardware addresses that the kernel may still have, see linger.
@@ -605,7 +605,7 @@ func (d *Driver) forget(ctx context.Context, n *network, e *endpoint) error {
 	d.mu.Lock()
 	n.strike(e)
 	d.strikeFallback(e)
-	d.regroup(e, e.rec.Sandbox, "")
+	d.regroup(e, "")
 	d.mu.Unlock()
 	d.share(n)
 	return nil

@@ -252,7 +252,6 @@ func (d *Driver) save(ctx context.Context, e *endpoint, rec Endpoint) error {
 		e.unsaved = true
 		return err
 	}
-	d.regroup(e, e.rec.Sandbox, rec.Sandbox)
 	e.rec, e.rev, e.unsaved = rec, rev, false
 	d.noteFallback(e)
 	return nil
@@ -262,7 +261,6 @@ func (d *Driver) save(ctx context.Context, e *endpoint, rec Endpoint) error {
 // that fails, the next pass writes it.
 func (d *Driver) settle(ctx context.Context, e *endpoint, rec Endpoint) error {
 	d.mu.Lock()
-	d.regroup(e, e.rec.Sandbox, rec.Sandbox)
 	e.rec = rec
 	d.noteFallback(e)
 	d.mu.Unlock()
@@ -393,6 +391,9 @@ func (d *Driver) leave(ctx context.Context, n *network, e *endpoint) error {
 	e.joined, e.gone, e.beside = false, false, nil
 	d.mu.Unlock()
 	err := d.settle(ctx, e, rec)
+	d.mu.Lock()
+	d.regroup(e, "")
+	d.mu.Unlock()
 	d.share(n)
 	return err
 }

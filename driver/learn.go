@@ -193,7 +193,7 @@ func (d *Driver) learntRoutes(e *endpoint) []Route {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	have := map[netip.Prefix]bool{}
-	for _, o := range d.mates[e.rec.Sandbox] {
+	for _, o := range d.mates[e.sandbox] {
 		n := d.networks[o.rec.Network]
 		if n == nil || o == e || o.doomed || o.rec.Left {
 			continue

@@ -84,8 +84,9 @@ type Endpoint struct {
 	// RevokeExternalConnectivity.
 	Ports []PublishedPort `json:",omitempty"`
 	// Sandbox is the container's network namespace as the engine names it, from
-	// the first published port on, on a LAN from Join on: ports can pass between
-	// endpoints of one, and those with ports have to know its LANs.
+	// the first published port on, on a LAN from Join on, and once the container is on
+	// a LAN: ports can pass between endpoints of one, and those with ports have to know
+	// its LANs.
 	Sandbox string `json:",omitempty"`
 	// Programmed is set while the endpoint is its container's way out.
 	Programmed bool `json:",omitempty"`
