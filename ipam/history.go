@@ -50,7 +50,8 @@ const (
 	mostHistory  = 20000
 	historyBatch = 500 // in one transaction, so that nobody waits long for it
 	historyPause = time.Hour
-	shortID      = 12 // digits of an ID from which on it is one
+	historyLag   = time.Second // what is told of a tenure later is written so late; a restart tells it again
+	shortID      = 12          // digits of an ID from which on it is one
 )
 
 func (t *Tenure) key() string {
@@ -311,6 +312,11 @@ func (i *IPAM) writeHistory(ctx context.Context) error {
 		case <-every.C:
 			sweep = true
 		case <-h.wake:
+			select { // for more: requests wait for each commit
+			case <-time.After(historyLag):
+			case <-ctx.Done():
+				continue
+			}
 			if h.flush(ctx, i.store) != nil {
 				select { // the disk is full, or hangs
 				case <-time.After(retryEvery):
