@@ -7,11 +7,11 @@ import (
 	"net/netip"
 	"os"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	wire "github.com/docker/go-plugins-helpers/network"
-	"golang.org/x/sys/unix"
 
 	"github.com/weftnet/weft/internal/netnstest"
 	"github.com/weftnet/weft/internal/plugin"
@@ -165,6 +165,7 @@ func (h lanHost) serveSeen() (want func(v4, v6 string, from ...string)) {
 }
 
 func besideLAN(t *testing.T, onLAN map[string]any, lanFirst bool) {
+	t.Helper()
 	h := newLANHost(t, onLAN)
 	if lanFirst {
 		h.joinLAN()
@@ -298,11 +299,11 @@ func TestConnectingALANWhileClientsSpeak(t *testing.T) {
 	for at, c := range open {
 		var err error
 		for stop := time.Now().Add(3 * time.Second); time.Now().Before(stop); { // what is forgotten is so in the background
-			if err = say(c); err == nil || errors.Is(err, unix.ECONNRESET) {
+			if err = say(c); err == nil || errors.Is(err, syscall.ECONNRESET) {
 				break
 			}
 		}
-		if strings.HasPrefix(at, "udp") && err != nil || strings.HasPrefix(at, "tcp") && !errors.Is(err, unix.ECONNRESET) {
+		if strings.HasPrefix(at, "udp") && err != nil || strings.HasPrefix(at, "tcp") && !errors.Is(err, syscall.ECONNRESET) {
 			t.Errorf("%s after the LAN was connected: %v", at, err)
 		}
 	}

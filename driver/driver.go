@@ -91,6 +91,9 @@ type Config struct {
 	// where whoever hands them out does not say, or does so together with other hosts.
 	// nil: nobody says.
 	Range func(pool netip.Prefix) (netip.Prefix, bool)
+	// RecordsLost: endpoints of this boot were recorded and the records are lost, so that
+	// an address without an endpoint may be a running container's.
+	RecordsLost bool
 	// Damaged gets a value when others took something of ours out of the firewall.
 	// nil: damage is found by the next pass.
 	Damaged <-chan struct{}
@@ -99,26 +102,27 @@ type Config struct {
 
 // Driver is the network driver. See the package's comment for its locks.
 type Driver struct {
-	nets, eps records
-	kernel    kernel
-	backends  map[string]Backend
-	host      host
-	lan       lan
-	cluster   cluster
-	swarm     swarm
-	station   func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
-	restation func(context.Context, netip.Prefix, netip.Addr, datapath.MAC, map[string]string) error
-	learnt    func(netip.Prefix, netip.Addr) (Learnt, bool)
-	assigned  func(netip.Prefix, netip.Addr, string, datapath.MAC)
-	chosen    func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
-	ranges    func(netip.Prefix) (netip.Prefix, bool)
-	log       logrus.FieldLogger
-	damaged   <-chan struct{}
-	now       func() time.Time
-	started   time.Time
-	news      chan news  // for Announce
-	waste     chan waste // for Sweep
-	sweeping  atomic.Bool
+	nets, eps   records
+	kernel      kernel
+	backends    map[string]Backend
+	host        host
+	lan         lan
+	cluster     cluster
+	swarm       swarm
+	station     func(netip.Prefix, netip.Addr) (datapath.MAC, bool)
+	restation   func(context.Context, netip.Prefix, netip.Addr, datapath.MAC, map[string]string) error
+	learnt      func(netip.Prefix, netip.Addr) (Learnt, bool)
+	assigned    func(netip.Prefix, netip.Addr, string, datapath.MAC)
+	chosen      func(netip.Prefix, netip.Addr) (subnet, address, ours bool)
+	ranges      func(netip.Prefix) (netip.Prefix, bool)
+	log         logrus.FieldLogger
+	damaged     <-chan struct{}
+	recordsLost bool
+	now         func() time.Time
+	started     time.Time
+	news        chan news  // for Announce
+	waste       chan waste // for Sweep
+	sweeping    atomic.Bool
 
 	hooked     atomic.Bool // see firstEndpoint
 	toldIfName atomic.Bool // see tellIfName
@@ -210,7 +214,7 @@ func New(c Config) (*Driver, error) {
 	return &Driver{
 		nets: c.Networks, eps: c.Endpoints, kernel: c.Kernel, backends: c.Backends, host: c.Host, lan: c.Host, cluster: c.Cluster, swarm: c.Swarm,
 		station: c.Station, restation: c.Restation, learnt: c.Learnt, assigned: c.Assigned, chosen: c.Chosen, ranges: c.Range, log: c.Log,
-		damaged: c.Damaged, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, mates: map[string][]*endpoint{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
+		damaged: c.Damaged, recordsLost: c.RecordsLost, now: time.Now, started: time.Now(), networks: map[string]*network{}, fallbacks: map[string]*fallback{}, mates: map[string][]*endpoint{}, news: make(chan news, mostNews), waste: make(chan waste, mostWaste),
 	}, nil
 }
 
@@ -669,7 +673,7 @@ func (d *Driver) Used(p netip.Prefix) (by func(netip.Addr) string, ok bool) {
 			}
 		}
 	}
-	return func(a netip.Addr) string { return used[a] }, ok && len(d.unowned.Veths) == 0
+	return func(a netip.Addr) string { return used[a] }, ok && len(d.unowned.Veths) == 0 && !d.recordsLost
 }
 
 // LinksWith returns the links of LANs on which networks with exactly this subnet are,

@@ -558,16 +558,16 @@ func (k *fakeKernel) moveIn(host string) {
 }
 
 // carry is what the engine does with a sub-interface after Join.
-func (k *fakeKernel) carry(t *testing.T, name string) {
+func (k *fakeKernel) carry(t *testing.T) {
 	t.Helper()
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	c, ok := k.children[name]
+	c, ok := k.children[child1]
 	if !ok {
-		t.Errorf("there is no %s to move", name)
+		t.Errorf("there is no %s to move", child1)
 	}
-	delete(k.children, name)
-	k.inside[name] = c
+	delete(k.children, child1)
+	k.inside[child1] = c
 }
 
 // carryBack is what it does after Leave; a container that died has none left.

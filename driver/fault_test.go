@@ -47,7 +47,7 @@ var stories = map[string]story{
 func carried(r *rig, method string) {
 	switch method {
 	case "Join":
-		r.kernel.carry(r.t, child1)
+		r.kernel.carry(r.t)
 	case "Leave":
 		r.kernel.carryBack(child1)
 	}

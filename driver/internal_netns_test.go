@@ -26,6 +26,7 @@ func TestInternalLANIsKeptIn(t *testing.T) {
 }
 
 func internalLAN(t *testing.T, internal bool) {
+	t.Helper()
 	netnstest.Enter(t)
 	inside, other, beyond := netnstest.New(t), netnstest.New(t), netnstest.New(t)
 	self(t, "link", "set", "lo", "up")

@@ -45,7 +45,7 @@ func TestKilledBeforeLink(t *testing.T) {
 			r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"`+mode+`","parent":"eth0"}`))
 			r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
 			r.must("Join", joinBody(net1, ep1))
-			r.kernel.carry(t, child1)
+			r.kernel.carry(t)
 			r.restart()
 			r.clock.pass(2 * joinTime)
 			r.idle()

@@ -404,7 +404,7 @@ func TestSweep(t *testing.T) {
 		t.Helper()
 		r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
 		r.must("Join", joinBody(net1, ep1))
-		r.kernel.carry(t, child1)
+		r.kernel.carry(t)
 		r.must("Leave", ids(net1, ep1))
 		r.kernel.carryBack(child1)
 	}

@@ -138,7 +138,7 @@ func TestStateLostOnLAN(t *testing.T) {
 			r.must("CreateNetwork", createNetwork(net1, "10.1.0.0/24", `{"mode":"macvlan","parent":"eth0"}`))
 			r.must("CreateEndpoint", createEndpoint(net1, ep1, "10.1.0.2/24", ""))
 			r.must("Join", joinBody(net1, ep1))
-			r.kernel.carry(t, child1)
+			r.kernel.carry(t)
 			lose(r)
 			r.idle()
 			r.must("Leave", ids(net1, ep1))
@@ -362,5 +362,17 @@ func TestLinksWith(t *testing.T) {
 	r.must("CreateNetwork", onLAN(true, `{"mode":"macvlan","parent":"eth0"}`, "10.1.0.0/24", "", "", ""))
 	if got := r.d.LinksWith(netip.MustParsePrefix("10.1.0.0/24")); len(got) != 1 || got[0] != "eth0" {
 		t.Errorf("a LAN: %q", got)
+	}
+}
+
+// TestUsedWithoutRecords: where the records of endpoints were lost nobody may conclude
+// from them that an address is free.
+func TestUsedWithoutRecords(t *testing.T) {
+	for _, lost := range []bool{false, true} {
+		r := newRigWith(t, func(c *Config) { c.RecordsLost = lost })
+		r.must("CreateNetwork", createDual(""))
+		if _, known := r.d.Used(netip.MustParsePrefix("10.1.0.0/24")); known == lost {
+			t.Errorf("records lost %t: what is in use is known: %t", lost, known)
+		}
 	}
 }

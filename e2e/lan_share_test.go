@@ -22,7 +22,7 @@ func shareSubnet(t *testing.T, e *engine) {
 	e.run(t, "beta", "--network", "second")
 	e.sees(t, e.lan.client, first4+":80", "alpha")
 	e.sees(t, e.lan.client, second4+":80", "beta")
-	if got := (box{e: e, name: "alpha"}).asks("tcp", second4+":80"); got != first4 {
+	if got := (box{e: e, name: "alpha"}).asks(second4 + ":80"); got != first4 {
 		t.Errorf("from one network to the other: %s", got)
 	}
 	refused := func(network, addr string) {

@@ -12,8 +12,8 @@ import (
 )
 
 // asks dials and returns the answer, or what happened instead.
-func (b box) asks(proto, to string) string {
-	out, err := b.probe("dial", "-timeout", "1500ms", proto, to)
+func (b box) asks(to string) string {
+	out, err := b.probe("dial", "-timeout", "1500ms", "tcp", to)
 	if err != nil {
 		return err.Error()
 	}
@@ -57,7 +57,7 @@ func (all members) egress(t *testing.T) {
 			t.Errorf("egress=engine on %s: docker ps shows %q", e.name, out)
 		}
 		e.sees(t, client, v4+":8080", "shown")
-		if got := (box{e: e, name: "shown"}).asks("tcp", client4+":7000"); got != v4 {
+		if got := (box{e: e, name: "shown"}).asks(client4 + ":7000"); got != v4 {
 			t.Errorf("egress=engine: from %s the client is reached as %q, want %s", e.name, got, v4)
 		}
 		e.must(t, "rm", "-f", "shown")
@@ -78,7 +78,7 @@ func (all members) egress(t *testing.T) {
 			t.Errorf("egress=driver on %s: %+v, want one interface with both default routes", e.name, ifs)
 		}
 		for to, want := range map[string]string{client4: v4, "[" + client6 + "]": v6} {
-			if got := b.asks("tcp", to+":7000"); got != want {
+			if got := b.asks(to + ":7000"); got != want {
 				t.Errorf("egress=driver: from %s the client is reached as %q, want %s", e.name, got, want)
 			}
 		}
@@ -110,7 +110,7 @@ func (all members) egress(t *testing.T) {
 			list = append(list, b)
 			v4, v6 := e.hostAddrs()
 			for _, to := range []string{client4, "[" + client6 + "]", v4, "[" + v6 + "]"} {
-				if got := b.asks("tcp", to+":7000"); got != "unreachable" {
+				if got := b.asks(to + ":7000"); got != "unreachable" {
 					t.Errorf("%s: %s from %s: %q, want unreachable", strings.Join(args, " "), to, e.name, got)
 				}
 			}

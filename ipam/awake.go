@@ -3,23 +3,11 @@ package ipam
 import (
 	"strings"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // lookTime is how often the loop of the leases sees whether the machine slept or
 // a link got its carrier back. Timers stand still while it sleeps, too.
 const lookTime = 10 * time.Second
-
-// asleep is for how long this machine has slept since it started. The clock by
-// which Go measures (CLOCK_MONOTONIC) stood still meanwhile; servers' did not.
-func asleep() time.Duration {
-	var boot, awake unix.Timespec
-	if unix.ClockGettime(unix.CLOCK_BOOTTIME, &boot) != nil || unix.ClockGettime(unix.CLOCK_MONOTONIC, &awake) != nil {
-		return 0
-	}
-	return time.Duration(boot.Nano() - awake.Nano())
-}
 
 // look is what the loop of the leases remembers of the last time.
 type look struct {

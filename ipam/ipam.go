@@ -10,6 +10,7 @@ import (
 
 	"github.com/sirupsen/logrus"
 
+	"github.com/weftnet/weft/internal/dhcp"
 	"github.com/weftnet/weft/internal/store"
 )
 
@@ -212,7 +213,7 @@ func New(c Config) (*IPAM, error) {
 		return nil, errors.New("ipam: store, host and log are required, and with a cluster the host's ID")
 	}
 	i := &IPAM{
-		store: c.Store, host: c.Host, holder: c.Holder, count: c.Holders, vet: c.Vet, probe: c.Probe, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, asleep: asleep, dhcp: c.DHCP, leases: make(chan struct{}, 1),
+		store: c.Store, host: c.Host, holder: c.Holder, count: c.Holders, vet: c.Vet, probe: c.Probe, used: c.Used, far: c.Elsewhere, log: c.Log, now: time.Now, asleep: dhcp.Asleep, dhcp: c.DHCP, leases: make(chan struct{}, 1),
 		history: newHistory(c.History), changes: make(chan struct{}, 1), pools: map[poolKey]*pool{}, wake: make(chan struct{}, 1),
 		shared: &shared{disk: c.Store, host: c.HostID, name: c.HostName, doubt: map[string]uint64{}, owed: map[string]bool{}},
 	}

@@ -453,11 +453,12 @@ func (i *IPAM) ask(ctx context.Context, q *asking, r addressRequest, want netip.
 	if err != nil {
 		return netip.Prefix{}, err
 	}
-	a := l.Address
-	if a.IsSingleIP() { // the subnet was given
-		a = q.pool.with(a.Addr())
+	// The mask is the network's, whatever the server says by now: a wider one would
+	// lead past the container's other networks.
+	if l.Address.Addr().Is4() && l.Address.Bits() != q.pool.prefix.Bits() && !l.Address.IsSingleIP() {
+		i.log.WithField("pool", q.pool.prefix.String()).Warnf("the DHCP server %s gives %s the mask of %s: containers go on with that of the network", l.Server, l.Address.Addr(), l.Address.Masked())
 	}
-	return a, i.keepLease(ctx, q, r, l)
+	return q.pool.with(l.Address.Addr()), i.keepLease(ctx, q, r, l)
 }
 
 // refuse notes that the server has refused what is held: there is nothing to be

@@ -1,6 +1,7 @@
 package ipam
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"maps"
@@ -31,6 +32,7 @@ type modelServer struct {
 	hang     chan struct{} // Offer and Extend wait for it; nil: they do not
 	carrier  uint32        // how often it came or went; an odd number: it is away
 	stubborn netip.Addr    // is offered to everybody
+	mask     int           // another than 24; 0: 24
 	alone    bool          // its mask is that of one address
 	declined int
 	released int
@@ -75,7 +77,7 @@ func (s *modelServer) choose(station uint32, want netip.Addr) (out netip.Addr) {
 }
 
 func (s *modelServer) lease(a netip.Addr) dhcp.Lease {
-	bits := 24
+	bits := cmp.Or(s.mask, 24)
 	if s.alone {
 		bits = 32
 	}

@@ -163,6 +163,17 @@ func TestMaskOfOne(t *testing.T) {
 	}
 }
 
+// TestMaskOfMany: a server whose mask covers other networks by now does not have it.
+func TestMaskOfMany(t *testing.T) {
+	l := newLeasing(t, nil)
+	for _, mask := range []int{1, 8, 31} {
+		l.server.mask = mask
+		if got := l.addressFor(leasedPool, "", ""); !strings.HasSuffix(got, "/24") {
+			t.Errorf("mask /%d: %s", mask, got)
+		}
+	}
+}
+
 // TestRefusedForOurs: an address that is asked for by number and that a container has is
 // refused with its name, and status shows the router that the server names.
 func TestRefusedForOurs(t *testing.T) {

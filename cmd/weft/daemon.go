@@ -175,6 +175,10 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 	if err := ownState(ctx, p.weft, s, log); err != nil {
 		return p, err
 	}
+	lost, err := ownBoot(ctx, p.weft, p.run, strings.TrimSpace(string(boot)), log)
+	if err != nil {
+		return p, err
+	}
 	if err := ownMachine(ctx, p.weft, datapath.Machine(), log); err != nil {
 		return p, err
 	}
@@ -191,7 +195,7 @@ func recoverParts(ctx context.Context, s settings, log *logrus.Logger) (p *parts
 		return p, err
 	}
 	c := driver.Config{
-		Networks: p.weft, Endpoints: p.run, Kernel: p.kernel, Damaged: p.kernel.Damaged(), Host: p.kernel, Cluster: p.cluster, Log: log,
+		Networks: p.weft, Endpoints: p.run, RecordsLost: lost, Kernel: p.kernel, Damaged: p.kernel.Damaged(), Host: p.kernel, Cluster: p.cluster, Log: log,
 		Station: func(subnet netip.Prefix, a netip.Addr) (datapath.MAC, bool) {
 			mac, ok := p.ipam.Station(subnet, a) // made below, and there before the first call
 			return mac, ok

@@ -3,6 +3,7 @@ package datapath
 import (
 	"context"
 	"net"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -21,12 +22,7 @@ type pulse struct {
 func (p *pulse) has(said string) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, h := range p.heard {
-		if h == said {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(p.heard, said)
 }
 
 func (p *pulse) forget() {

@@ -76,9 +76,7 @@ func New(c Config) (_ *Kernel, err error) {
 	k.shortcuts = newShortcuts(c.Log, in.table, k.firewall.ns)
 	k.flows = newFlows(c.Log, k.links)
 	// What came while there was no table went to the held sockets.
-	k.firewall.restored = func(els []Element) {
-		k.flows.forget(context.Background(), els, nil) //nolint:forbidigo // it outlives every call that may build the table
-	}
+	k.firewall.restored = k.forgetRestored
 	return k, nil
 }
 
@@ -368,6 +366,11 @@ func (k *Kernel) Remove(ctx context.Context, s State) error {
 		errs = append(errs, err)
 	}
 	return errors.Join(errs...)
+}
+
+// forgetRestored has flows forgotten that came while there was no table.
+func (k *Kernel) forgetRestored(els []Element) {
+	k.flows.forget(context.Background(), els, nil) //nolint:forbidigo // it outlives every call that may build the table
 }
 
 func (k *Kernel) removeLinks(ctx context.Context, s State) error {

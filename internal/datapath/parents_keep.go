@@ -20,10 +20,10 @@ const goneTime = 2 * time.Second
 // containers. It is the host's then, as if it had been there before us.
 func (l *links) removeVLAN(ctx context.Context, name string) (kept bool, err error) {
 	have, err := l.change.get(name)
-	if errors.Is(err, ErrAbsent) || err == nil && have.own(kindVLAN) != nil {
+	if errors.Is(err, ErrAbsent) {
 		return false, nil
 	}
-	if err != nil {
+	if err != nil || have.own(kindVLAN) != nil { // gone, or not ours
 		return false, err
 	}
 	for stop := time.Now().Add(goneTime); ; {
