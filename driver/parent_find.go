@@ -116,7 +116,7 @@ func fits(n Network, what string, f datapath.LinkFacts) error {
 	for _, s := range n.Subnets {
 		for _, a := range f.Addrs {
 			if p := a.Masked(); p.Overlaps(s.Pool) && p != s.Pool && !p.IsSingleIP() {
-				return fmt.Errorf("subnet %s does not fit %s %s, which has %s: use --subnet %s, with --ip-range for a part of it", s.Pool, what, f.Name, a, p)
+				return fmt.Errorf("subnet %s does not fit %s %s, which has %s: use --subnet %s; for a part of it add --ip-range, with a DHCP server give the part there", s.Pool, what, f.Name, a, p)
 			}
 		}
 	}

@@ -330,7 +330,7 @@ func (p *pool) inTheWay(sub netip.Prefix, way part, by, gone string, host []neti
 	switch {
 	case p.shared() && sub.IsValid():
 		return fmt.Errorf("subnet %s is in use, and a host can have one network with it in space %s, whatever the ranges: %s", p.prefix, p.spaceName(), remove)
-	case p.shared():
+	case p.shared() || p.dhcp() != "":
 		return fmt.Errorf("subnet %s is in use%s: %s%s", p.prefix, by, remove, gone)
 	case !way.sub.IsValid() && !sub.IsValid():
 		return fmt.Errorf("subnet %s is in use%s: %s%s; on one parent, networks can share it where each has its own --ip-range", p.prefix, by, remove, gone)
