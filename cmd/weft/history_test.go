@@ -28,6 +28,10 @@ func TestAddressHistory(t *testing.T) {
 		return out + errs
 	}
 	l.want("ready", fmt.Sprint(len(l.status(t).Endpoints)), "1")
+	// What is told of it later is written within a second or so.
+	for end := time.Now().Add(20 * time.Second); !strings.Contains(ask("10.77.0.5"), id[:12]) && time.Now().Before(end); {
+		time.Sleep(50 * time.Millisecond)
+	}
 	l.again()
 	l.ready()
 	row := func(text string) []string {
