@@ -131,7 +131,7 @@ func leaseWanted(t *testing.T, e *engine) {
 	if p := e.leased(t, s, "alpha", "lan", "--ip", want); p.IPAddress != want {
 		t.Errorf("--ip %s: the container has %s", want, p.IPAddress)
 	}
-	e.refusedAddress(t, "--ip", want, "refused")
+	e.refusedAddress(t, "--ip", want, "is that of another container of this host")
 	e.refusedAddress(t, "--ip", "198.51.100.150", "refused") // out of the server's range
 	s.has(t, want)
 	e.must(t, "rm", "-f", "alpha")
