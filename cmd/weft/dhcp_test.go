@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/weftnet/weft/internal/dhcp"
 	"github.com/weftnet/weft/internal/dhcp/dhcptest"
 	"github.com/weftnet/weft/internal/netnstest"
 	"github.com/weftnet/weft/ipam"
@@ -33,6 +34,14 @@ func newLAN(tb testing.TB) *lan {
 		l.host.Exec("ip", "link", "set", "lan0", "up")
 		l.router.Take("lan1", "eth0", netip.MustParsePrefix("10.77.0.1/24"))
 	})
+	// The kernel tells of a carrier a moment after both ends are up.
+	up := false
+	for end := time.Now().Add(5 * time.Second); !up && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+		l.host.Do(func() { _, up = new(dhcp.Client).Carrier("lan0") })
+	}
+	if !up {
+		tb.Fatal("lan0 has no carrier")
+	}
 	l.config = dhcptest.Config{
 		Link: "eth0", Subnet: netip.MustParsePrefix("10.77.0.0/24"), First: netip.MustParseAddr("10.77.0.100"), Last: netip.MustParseAddr("10.77.0.250"),
 		Lease: 2 * time.Minute, Router: netip.MustParseAddr("10.77.0.1"), MTU: 1400, Authoritative: true,
