@@ -87,9 +87,13 @@ func (k *Kernel) LiftGuard(ctx context.Context, needed func() (v4, v6 bool)) err
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	g4, g6 := k.firewall.families(setGuard)
+	l4, l6 := k.firewall.families(setLifted)
+	if !g4 && !g6 && !l4 && !l6 {
+		return nil // as on most hosts: it is not worth asking
+	}
 	n4, n6 := needed()
 	want4, want6 := g4 && (!n4 || k.unguarded), g6 && (!n6 || k.unguarded)
-	if l4, l6 := k.firewall.families(setLifted); want4 == l4 && want6 == l6 {
+	if want4 == l4 && want6 == l6 {
 		return nil
 	}
 	if err := k.firewall.setFamilies(ctx, setLifted, want4, want6); err != nil {
